@@ -1,0 +1,84 @@
+"""wsi-engine: whole-slide images in, features out.
+
+The names below load on first use, so that ``import wsi_engine`` stays light: torch, timm and Numba load only when
+something needs them.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from wsi_engine import errors, kernels, models, synthetic
+    from wsi_engine.encoders import create_encoder, list_encoders
+    from wsi_engine.encoders.base import Encoder, EncoderCard
+    from wsi_engine.errors import WsiError
+    from wsi_engine.extraction import ExtractReport, extract
+    from wsi_engine.grid import TileGrid, lay_grid
+    from wsi_engine.slide import Slide, open_slide
+    from wsi_engine.store import FeatureStore
+    from wsi_engine.stream import TileBatch, stream_tiles
+    from wsi_engine.tissue import TissueMask, TissueSettings, detect_tissue
+    from wsi_engine.version import __version__
+
+_HOMES = {
+    "Encoder": "encoders.base",
+    "EncoderCard": "encoders.base",
+    "ExtractReport": "extraction",
+    "FeatureStore": "store",
+    "Slide": "slide",
+    "TileBatch": "stream",
+    "TileGrid": "grid",
+    "TissueMask": "tissue",
+    "TissueSettings": "tissue",
+    "WsiError": "errors",
+    "__version__": "version",
+    "create_encoder": "encoders",
+    "detect_tissue": "tissue",
+    "extract": "extraction",
+    "lay_grid": "grid",
+    "list_encoders": "encoders",
+    "open_slide": "slide",
+    "stream_tiles": "stream",
+}
+_SUBMODULES = ("errors", "kernels", "models", "synthetic")
+
+__all__ = [  # noqa: RUF022 - in the order of the flow
+    "open_slide",
+    "Slide",
+    "detect_tissue",
+    "TissueMask",
+    "TissueSettings",
+    "lay_grid",
+    "TileGrid",
+    "stream_tiles",
+    "TileBatch",
+    "create_encoder",
+    "list_encoders",
+    "Encoder",
+    "EncoderCard",
+    "extract",
+    "ExtractReport",
+    "FeatureStore",
+    "WsiError",
+    "errors",
+    "kernels",
+    "models",
+    "synthetic",
+    "__version__",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        value = getattr(importlib.import_module(f"wsi_engine.{_HOMES[name]}"), name)
+        globals()[name] = value
+        return value
+    if name in _SUBMODULES:
+        return importlib.import_module(f"wsi_engine.{name}")
+    raise AttributeError(f"module 'wsi_engine' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,65 @@
+"""Every error the engine raises on purpose, drawn once.
+
+    WsiError
+    ├── SettingsError      a setting is out of range or of the wrong kind (also a ValueError)
+    ├── InputError         a list of slides, a CSV or a folder cannot be used
+    ├── SlideError         a slide cannot be opened or read
+    │   └── ScaleError     its micrometres per pixel are missing or not believable
+    ├── EncoderError       an encoder is unknown or cannot be built
+    │   └── WeightsError   its weights are missing, unreadable or of the wrong shape
+    ├── FeatureError       an encoder returned values that cannot be kept (NaN, overflow)
+    ├── StoreError         a feature store cannot be read or written
+    │   ├── MismatchError  what is stored was made from another slide, grid or encoder
+    │   └── BusyError      another process is writing the same slide
+    └── FormatError        a file of another tool is not laid out as that tool lays it out
+
+Each message is one sentence that says what is wrong, where, and what to do.
+"""
+
+
+class WsiError(Exception):
+    """Base of all errors raised by wsi-engine; catch this to catch them all."""
+
+
+class SettingsError(WsiError, ValueError):
+    """A setting is out of range or of the wrong kind."""
+
+
+class InputError(WsiError):
+    """A list of slides, a CSV or a folder cannot be used."""
+
+
+class SlideError(WsiError):
+    """A slide cannot be opened or read."""
+
+
+class ScaleError(SlideError):
+    """The micrometres per pixel of a slide are missing or not believable."""
+
+
+class EncoderError(WsiError):
+    """An encoder is unknown or cannot be built."""
+
+
+class WeightsError(EncoderError):
+    """The weights of an encoder are missing, unreadable or of the wrong shape."""
+
+
+class FeatureError(WsiError):
+    """An encoder returned values that cannot be kept: NaN, infinite, or too large for the store."""
+
+
+class StoreError(WsiError):
+    """A feature store cannot be read or written."""
+
+
+class MismatchError(StoreError):
+    """What is stored was made from another slide, grid or encoder than what is asked for."""
+
+
+class BusyError(StoreError):
+    """Another process holds the lease on the slide's store."""
+
+
+class FormatError(WsiError):
+    """A file of another tool is not laid out as that tool lays it out."""
