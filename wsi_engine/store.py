@@ -1,0 +1,326 @@
+"""One slide's Zarr group: its grid, tissue and features, and where each came from.
+
+Layout (Zarr format 3)::
+
+    <slide_id>.zarr        attrs schema_version, engine_version, slide
+    ├── tissue/mask        bool (H, W)       attrs mpp, threshold, counts, digest
+    ├── tiles/<grid>/origins   int64 (N, 2)  attrs tile_px, stride_px, mpp, tile_size_level0, counts, settings, digest
+    └── features/<encoder>/
+        ├── values         float16 or float32 (N, D)   attrs encoder, precision, grid, grid_digest, seconds, complete
+        └── partial        the same rows while they are being made, one chunk a batch; gone once complete
+
+A features array is absent, partial or complete. Whatever is not marked complete in its attributes is never
+handed out, and the mark is written last, by replacing one small file.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+from zarr.codecs import Crc32cCodec
+
+from wsi_engine.errors import MismatchError, StoreError, WsiError
+from wsi_engine.grid import TileGrid
+from wsi_engine.slide import Slide
+from wsi_engine.tissue import FilterCount, TissueMask
+from wsi_engine.version import __version__
+
+SCHEMA_VERSION = 1
+
+_ROWS_PER_CHUNK = 1024
+_CHUNKS_PER_SHARD = 16
+
+
+@dataclass(frozen=True)
+class SlideRecord:
+    """What a store remembers of its slide."""
+
+    name: str
+    fingerprint: str
+    dimensions: tuple[int, int]
+    mpp: tuple[float, float]
+    mpp_source: str
+    vendor: str
+    reader: str
+
+    @classmethod
+    def of(cls, slide: Slide, slide_id: str) -> SlideRecord:
+        """The record of an open slide.
+
+        Raises:
+            ScaleError: its scale is missing or not believable.
+        """
+        return cls(
+            name=slide_id,
+            fingerprint=slide.fingerprint,
+            dimensions=slide.dimensions,
+            mpp=slide.mpp,
+            mpp_source=slide.mpp_source or "",
+            vendor=slide.metadata.vendor,
+            reader=slide.reader,
+        )
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> SlideRecord:
+        """The record that was written as a store's ``slide`` attribute."""
+        width, height = value["dimensions"]
+        x, y = value["mpp"]
+        return cls(**{**value, "dimensions": (int(width), int(height)), "mpp": (float(x), float(y))})
+
+
+class FeatureStore:
+    """One slide's results on disk. Open with :meth:`open` to read; the engine writes with :meth:`create`."""
+
+    def __init__(self, path: str, group: zarr.Group) -> None:
+        self.path = path
+        self._group = group
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> Self:
+        """Open a store for reading.
+
+        Raises:
+            StoreError: there is none at ``path``, it is damaged, or another version made it.
+        """
+        return cls(os.fspath(path), _open_group(os.fspath(path), "r"))
+
+    @classmethod
+    def create(cls, path: str | os.PathLike[str], slide: SlideRecord) -> Self:
+        """Open a store for writing, making it if there is none.
+
+        Raises:
+            MismatchError: it holds the results of another slide, or of this one at another scale.
+            StoreError: it cannot be written, is damaged, or another version made it.
+        """
+        name = os.fspath(path)
+        if not (Path(name) / "zarr.json").exists():
+            attributes = {"schema_version": SCHEMA_VERSION, "engine_version": __version__, "slide": asdict(slide)}
+            with storing(name):
+                group = zarr.create_group(name, zarr_format=3, attributes=attributes)
+            return cls(name, group)
+        store = cls(name, _open_group(name, "r+"))
+        for what in ("fingerprint", "dimensions", "mpp"):
+            had, has = getattr(store.slide, what), getattr(slide, what)
+            if had != has:
+                raise MismatchError(
+                    f"{name} was made from another slide ({what} {_short(had)}, now {_short(has)}): "
+                    "choose another output folder, or delete that store"
+                )
+        return store
+
+    @property
+    def slide(self) -> SlideRecord:
+        """The slide that this store was made from."""
+        with storing(self.path):
+            return SlideRecord.from_json(self._attrs("")["slide"])
+
+    @property
+    def engine_version(self) -> str:
+        """Version of the engine that made the store."""
+        return str(self._attrs("")["engine_version"])
+
+    def grids(self) -> tuple[str, ...]:
+        """Names of the grids, sorted."""
+        return tuple(name for name in self._members("tiles") if "digest" in self._attrs(f"tiles/{name}/origins"))
+
+    def encoders(self) -> tuple[str, ...]:
+        """Names of the encoders whose features are complete, sorted."""
+        return tuple(name for name in self._members("features") if self._is_complete(name))
+
+    def grid(self, name: str | None = None) -> TileGrid:
+        """A grid by name; None for the only one there is.
+
+        Raises:
+            StoreError: there is no such grid, or several and no name was given, or its data are damaged.
+        """
+        name = self._only("grid", self.grids(), name)
+        path = f"tiles/{name}/origins"
+        attrs = self._attrs(path)
+        grid = TileGrid.from_json(attrs, self._read(path).astype(np.int64, copy=False))
+        if grid.digest != attrs["digest"]:
+            raise StoreError(f"{self.path}/{path} is damaged (its digest differs): delete the store and extract again")
+        return grid
+
+    def grid_settings(self, name: str) -> dict[str, Any] | None:
+        """The settings a grid was laid with, or None where it is not (completely) there."""
+        attrs = self._attrs(f"tiles/{name}/origins")
+        return dict(attrs["settings"]) if "digest" in attrs else None
+
+    def origins(self, grid: str | None = None) -> NDArray[np.int64]:
+        """Level-0 x, y of the tiles, int64 (N, 2), in the order of the features' rows."""
+        return self.grid(grid).origins
+
+    def tissue(self) -> TissueMask | None:
+        """The tissue that the grid was laid on, or None where every tile was kept."""
+        attrs = self._attrs("tissue/mask")
+        if "digest" not in attrs:
+            return None
+        counts = tuple(FilterCount(**count) for count in attrs["counts"])
+        return TissueMask(self._read("tissue/mask").astype(bool), float(attrs["mpp"]), attrs["threshold"], counts)
+
+    def features(self, encoder: str | None = None) -> NDArray[Any]:
+        """Features (N, D) of an encoder, float16 or float32; None for the only encoder there is.
+
+        Raises:
+            StoreError: there are none, they are not complete yet, or their data are damaged.
+        """
+        return self._read(f"{self._features_path(encoder)}/values")
+
+    def provenance(self, encoder: str | None = None) -> dict[str, Any]:
+        """How the features were made: encoder card, precision, grid, digests, seconds per stage, engine version."""
+        return self._attrs(f"{self._features_path(encoder)}/values")
+
+    def write_grid(self, name: str, grid: TileGrid, settings: dict[str, Any], tissue: TissueMask | None) -> None:
+        """Write a grid and the tissue it was laid on; each counts only once it is whole."""
+        if tissue is not None:
+            self._write("tissue/mask", tissue.mask, _tissue_attrs(tissue), (1024, 1024))
+        self._write(f"tiles/{name}/origins", grid.origins, grid.to_json() | {"settings": settings}, (65_536, 2))
+
+    def group(self, path: str) -> zarr.Group:
+        """A subgroup for writing, made if it is not there."""
+        with storing(self.path):
+            return self._group.require_group(path)
+
+    def _write(self, path: str, data: NDArray[Any], attrs: dict[str, Any], chunks: tuple[int, int]) -> None:
+        with storing(self.path):
+            shape = tuple(max(1, min(n, c)) for n, c in zip(data.shape, chunks, strict=True))
+            array = self._group.create_array(
+                path, shape=data.shape, dtype=data.dtype, chunks=shape, overwrite=True, compressors=_checked("zstd")
+            )
+            if data.size:
+                array[...] = data
+            array.update_attributes(attrs)
+
+    def _read(self, path: str) -> NDArray[Any]:
+        with storing(self.path):
+            array = self._group[path]
+            assert isinstance(array, zarr.Array)
+            return np.asarray(array[...])
+
+    def _attrs(self, path: str) -> dict[str, Any]:
+        """Attributes of a group or array; empty where there is none."""
+        with storing(self.path):
+            if path and path not in self._group:
+                return {}
+            return dict((self._group[path] if path else self._group).attrs)
+
+    def _members(self, path: str) -> list[str]:
+        with storing(self.path):
+            group = self._group.get(path)
+            return sorted(group.group_keys()) if isinstance(group, zarr.Group) else []
+
+    def _features_path(self, encoder: str | None) -> str:
+        return f"features/{self._only('encoder', self.encoders(), encoder and features_key(encoder))}"
+
+    def _is_complete(self, encoder: str) -> bool:
+        return self._attrs(f"features/{encoder}/values").get("complete") is True
+
+    def _only(self, kind: str, there: tuple[str, ...], name: str | None) -> str:
+        """The name asked for, or the only one there is; StoreError when that cannot be."""
+        if name is None and len(there) == 1:
+            return there[0]
+        listed = ", ".join(there) or "none"
+        if name is None:
+            raise StoreError(f"{self.path} holds {len(there)} {kind}s ({listed}): name one")
+        if name not in there:
+            partial = kind == "encoder" and f"features/{name}/partial" in self._group
+            state = "is not complete yet: run wsi extract again to finish it" if partial else "is not there"
+            raise StoreError(f"{kind} {name} of {self.path} {state} (there: {listed})")
+        return name
+
+    def __repr__(self) -> str:
+        return f"<FeatureStore {self.path}: encoders {', '.join(self.encoders()) or 'none'}>"
+
+
+def features_key(encoder: str) -> str:
+    """The name that an encoder's features have in a store: ``timm:a/b`` becomes ``timm_a_b``."""
+    return re.sub(r"[^A-Za-z0-9._+-]", "_", encoder)
+
+
+@contextmanager
+def storing(path: str) -> Iterator[None]:
+    """Turn what goes wrong in Zarr or on the disk into a StoreError that names the store."""
+    try:
+        yield
+    except WsiError:
+        raise
+    except OSError as error:
+        raise StoreError(f"cannot use the store {path}: {error.strerror or error}") from error
+    except (ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise StoreError(f"the store {path} is damaged ({_first_line(error)}): delete it and extract again") from error
+
+
+def create_rows(
+    group: zarr.Group, name: str, rows: int, dim: int, dtype: Literal["float16", "float32"], batch: int | None = None
+) -> zarr.Array[Any]:
+    """An empty features array (rows, dim), filled with NaN and checksummed.
+
+    With ``batch`` every chunk is one batch, a file of its own; without, chunks of 1,024 rows are gathered in shards,
+    so that thousands of slides do not make millions of files. Features do not compress; they are kept as they are.
+    """
+    chunk = batch or _ROWS_PER_CHUNK
+    shards = None
+    if batch is None:
+        shards = (chunk * max(1, min(_CHUNKS_PER_SHARD, -(-rows // chunk))), dim)
+    return group.create_array(
+        name,
+        shape=(rows, dim),
+        dtype=dtype,
+        chunks=(chunk, dim),
+        shards=shards,
+        compressors=_checked(None),
+        fill_value=float("nan"),
+        overwrite=True,
+    )
+
+
+def _open_group(path: str, mode: Literal["r", "r+"]) -> zarr.Group:
+    """The root group of a store that this version of the engine can use."""
+    if not Path(path).exists():
+        raise StoreError(f"there is no store at {path}")
+    with storing(path):
+        try:
+            group = zarr.open_group(path, mode=mode, zarr_format=3)
+        except FileNotFoundError:
+            raise StoreError(f"{path} is not a store of this engine: it has no Zarr group") from None
+        version = group.attrs.get("schema_version")
+    if version is None:
+        raise StoreError(f"{path} is not a store of this engine: its attributes name no schema version")
+    if version != SCHEMA_VERSION:
+        raise StoreError(
+            f"{path} has schema version {version}; this version of the engine uses {SCHEMA_VERSION}: "
+            "choose another output folder, or use the version that made it"
+        )
+    return group
+
+
+def _checked(compressor: Literal["zstd"] | None) -> list[Any]:
+    """Codecs that end in a checksum, so that a torn or rotten chunk is noticed when it is read."""
+    return [*([zarr.codecs.ZstdCodec(level=3)] if compressor else []), Crc32cCodec()]
+
+
+def _tissue_attrs(tissue: TissueMask) -> dict[str, Any]:
+    return {
+        "mpp": tissue.mpp,
+        "threshold": tissue.threshold,
+        "counts": [asdict(count) for count in tissue.counts],
+        "digest": tissue.digest,
+    }
+
+
+def _short(value: object) -> str:
+    """A value for an error message; of a digest the first digits."""
+    return f"{value[:12]}…" if isinstance(value, str) and len(value) > 20 else str(value)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

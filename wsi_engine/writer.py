@@ -1,0 +1,221 @@
+"""Writing one encoder's features of one slide so that a kill at any instant loses at most the batch in flight.
+
+While a slide is being encoded every batch is one chunk, that is one file, of the array ``partial``; a chunk appears
+whole or not at all. When all are there they are gathered into ``values``, and one replaced file marks it complete.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+
+from wsi_engine.encoders.base import EncoderCard
+from wsi_engine.errors import FeatureError, MismatchError, StoreError
+from wsi_engine.grid import TileGrid
+from wsi_engine.store import FeatureStore, create_rows, features_key, storing
+from wsi_engine.version import __version__
+
+_CARD_IDENTITY = (
+    "architecture",
+    "weights_digest",
+    "input_px",
+    "resize_px",
+    "dim",
+    "pooling",
+    "mean",
+    "std",
+    "interpolation",
+)
+"""Fields of a card that change the features; the others only describe."""
+
+
+@dataclass(frozen=True)
+class FeatureIdentity:
+    """What features are made from: two arrays with one identity are interchangeable."""
+
+    card: EncoderCard
+    grid_name: str
+    grid: TileGrid
+    precision: str
+    dtype: Literal["float16", "float32"]
+
+    def to_json(self) -> dict[str, Any]:
+        """The attributes that a features array carries from its first batch."""
+        return {
+            "encoder": self.card.to_json(),
+            "grid": self.grid_name,
+            "grid_digest": self.grid.digest,
+            "precision": self.precision,
+            "dtype": self.dtype,
+            "engine_version": __version__,
+        }
+
+    def differences(self, attrs: dict[str, Any]) -> list[str]:
+        """How stored attributes differ from this identity, one phrase each."""
+        mine = self.to_json()
+        pairs = [(name, attrs.get(name), mine[name]) for name in ("grid", "grid_digest", "precision", "dtype")]
+        card = attrs.get("encoder", {})
+        pairs += [(f"encoder {name}", card.get(name), mine["encoder"][name]) for name in _CARD_IDENTITY]
+        return [f"{name} {_brief(had)}, now {_brief(has)}" for name, had, has in pairs if _plain(had) != _plain(has)]
+
+
+class FeatureWriter:
+    """Writes the features of one encoder into a store, batch by batch, and finishes them.
+
+    The caller holds the slide's lease. ``batch_size`` is the one wanted; a run that was begun with another
+    keeps that one (:attr:`batch_size`), since its rows were computed in batches of that shape.
+
+    Raises:
+        MismatchError: the store holds features of this name made from something else.
+        StoreError: the store cannot be written.
+    """
+
+    def __init__(self, store: FeatureStore, identity: FeatureIdentity, batch_size: int) -> None:
+        self._store = store
+        self._identity = identity
+        self._rows = len(identity.grid)
+        self._group = store.group(f"features/{features_key(identity.card.name)}")
+        self.complete = self._check("values", complete_only=True)
+        self.batch_size = batch_size
+        if self.complete:
+            self._drop_partial()
+        elif self._rows and self._check("partial"):
+            self.batch_size = self._partial.chunks[0]
+
+    def missing_batches(self) -> NDArray[np.int64]:
+        """Numbers of the batches that are not stored yet, ascending; a torn one counts as missing."""
+        if self.complete or self._rows == 0:
+            return np.empty(0, np.int64)
+        count = -(-self._rows // self.batch_size)
+        return np.array([b for b in range(count) if not self._has(b)], np.int64)
+
+    def write(self, batch: int, features: NDArray[np.float32]) -> None:
+        """Store one batch's features, (n, D).
+
+        Raises:
+            FeatureError: a value is NaN, infinite, or beyond the stored type; the message names the tile.
+            StoreError: the disk refuses.
+        """
+        start = batch * self.batch_size
+        stored = self._convert(features, start)
+        with storing(self._store.path):
+            self._partial[start : start + len(stored)] = stored
+
+    def finish(self, seconds: dict[str, float]) -> None:
+        """Gather all batches into ``values`` and mark it complete. ``seconds`` per stage are kept with it.
+
+        Raises:
+            StoreError: a batch is missing or torn, or the disk refuses.
+        """
+
+        def gather(start: int, stop: int) -> NDArray[Any]:
+            rows = np.asarray(self._partial[start:stop])
+            if np.isnan(rows).any():
+                raise StoreError(f"batches of {self._store.path} are missing: run wsi extract again")
+            return rows
+
+        self._keep(gather, {"seconds": seconds})
+
+    def keep(self, features: NDArray[Any], attrs: dict[str, Any]) -> None:
+        """Store all rows at once and mark them complete, for features that need not be computed."""
+        self._keep(lambda start, stop: features[start:stop], attrs)
+
+    def _keep(self, rows: Callable[[int, int], NDArray[Any]], attrs: dict[str, Any]) -> None:
+        """Write ``values`` a shard at a time, mark it complete last, and drop ``partial``."""
+        with storing(self._store.path):
+            values = create_rows(self._group, "values", self._rows, self._identity.card.dim, self._identity.dtype)
+            step = values.shards[0] if values.shards else self._rows
+            for start in range(0, self._rows, step):
+                stop = min(start + step, self._rows)
+                values[start:stop] = rows(start, stop)
+            values.update_attributes(self._identity.to_json() | attrs | {"complete": True})
+        self.complete = True
+        self._drop_partial()
+
+    @cached_property
+    def _partial(self) -> zarr.Array[Any]:
+        """The array of the run that is under way, or a new one."""
+        identity = self._identity
+        with storing(self._store.path):
+            if self._check("partial"):
+                array = self._group["partial"]
+                assert isinstance(array, zarr.Array)
+                return array
+            array = create_rows(self._group, "partial", self._rows, identity.card.dim, identity.dtype, self.batch_size)
+            array.update_attributes(identity.to_json())
+            return array
+
+    def _check(self, name: str, *, complete_only: bool = False) -> bool:
+        """Whether an array is there and begun (or complete); MismatchError when it was made from something else."""
+        with storing(self._store.path):
+            attrs = dict(self._group[name].attrs) if name in self._group else {}
+        if "grid_digest" not in attrs or (complete_only and attrs.get("complete") is not True):
+            return False
+        differences = self._identity.differences(attrs)
+        if differences:
+            raise MismatchError(
+                f"{self._store.path} already holds {self._identity.card.name} features made differently "
+                f"({'; '.join(differences)}): choose another output folder, or delete that store"
+            )
+        return True
+
+    def _has(self, batch: int) -> bool:
+        start = batch * self.batch_size
+        try:
+            rows = np.asarray(self._partial[start : min(start + self.batch_size, self._rows)])
+        except (ValueError, OSError, RuntimeError):  # a torn or rotten chunk is made again
+            return False
+        return not np.isnan(rows).any()
+
+    def _convert(self, features: NDArray[np.float32], start: int) -> NDArray[Any]:
+        """Features in the stored type, after a look for what it cannot hold."""
+        with np.errstate(over="ignore"):
+            stored = features.astype(self._identity.dtype)
+        bad = ~np.isfinite(stored).all(axis=1)
+        if bad.any():
+            row = int(np.flatnonzero(bad)[0])
+            x, y = self._identity.grid.origins[start + row]
+            finite = np.isfinite(features[row]).all()
+            what = "values beyond float16" if finite else "NaN or infinite values"
+            cure = "use --dtype float32" if finite else "check the encoder's weights and precision"
+            raise FeatureError(
+                f"{self._identity.card.name} gave {what} for tile {start + row} at level-0 ({x}, {y}) of "
+                f"{self._store.slide.name}: {cure}"
+            )
+        return stored
+
+    def _drop_partial(self) -> None:
+        with storing(self._store.path):
+            if "partial" in self._group:
+                del self._group["partial"]
+
+
+def write_features(
+    store: FeatureStore, identity: FeatureIdentity, values: NDArray[Any], origin: dict[str, Any]
+) -> None:
+    """Write features (N, D) that exist already, such as another tool's, as a complete array.
+
+    ``origin`` says where they came from and is kept in the attributes as ``imported``.
+
+    Raises:
+        MismatchError: the store holds features of this name made from something else.
+        StoreError: the store cannot be written.
+    """
+    writer = FeatureWriter(store, identity, max(1, len(values)))
+    if not writer.complete:
+        writer.keep(values, {"imported": origin})
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as the lists that JSON makes of them."""
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _brief(value: Any) -> str:
+    return f"{value[:12]}…" if isinstance(value, str) and len(value) > 20 else str(value)
