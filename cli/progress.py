@@ -1,0 +1,108 @@
+"""How a run is shown: a bar with rate and time left on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from wsi_engine.extraction import SlideResult
+
+_PLAIN_SECONDS = 10.0
+"""Least time between two plain lines of one slide."""
+
+_STYLES = {"done": "green", "already complete": "dim", "no tissue": "yellow", "busy": "yellow", "failed": "bold red"}
+
+
+class RunDisplay:
+    """Shows an extraction on a console; a context manager and a :class:`~wsi_engine.extraction.Progress`."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._slides = 0
+        self._finished = 0
+        self._bar = _make_bar(console) if console.is_terminal else None
+        self._task = self._bar.add_task("", total=None, slide="opening") if self._bar else None
+        self._slide, self._tiles, self._done, self._begun = "", 0, 0, 0
+        self._started = self._printed = 0.0
+
+    def run_started(self, slides: int) -> None:
+        """So many slides there are."""
+        self._slides = slides
+
+    def slide_started(self, slide_id: str, tiles: int, done: int) -> None:
+        """Encoding of a slide begins."""
+        self._slide, self._tiles, self._done, self._begun = slide_id, tiles, done, done
+        self._started = self._printed = time.monotonic()
+        if self._bar and self._task is not None:
+            self._bar.reset(self._task, total=tiles, completed=done, slide=f"{self._count()} {slide_id}")
+        else:
+            resumed = f", {done} already stored" if done else ""
+            self._line(f"{slide_id}: {tiles} tiles{resumed}")
+
+    def tiles_done(self, tiles: int) -> None:
+        """So many more tiles are encoded."""
+        self._done += tiles
+        if self._bar and self._task is not None:
+            self._bar.update(self._task, advance=tiles)
+        elif time.monotonic() - self._printed >= _PLAIN_SECONDS:
+            self._printed = time.monotonic()
+            rate = (self._done - self._begun) / max(self._printed - self._started, 1e-9)
+            left = (self._tiles - self._done) / max(rate, 1e-9)
+            self._line(f"{self._slide}: {self._done}/{self._tiles} tiles, {rate:.0f} tiles/s, {left:.0f} s left")
+
+    def slide_finished(self, result: SlideResult) -> None:
+        """A slide ended, well or not."""
+        style = _STYLES[result.status]
+        line = Text.assemble(f"{self._count()} {result.slide_id}: ", (result.status, style), _details(result))
+        self._console.print(line)
+        self._finished += 1
+
+    def _count(self) -> str:
+        return f"[{self._finished + 1}/{self._slides}]"
+
+    def _line(self, text: str) -> None:
+        self._console.print(Text(f"{self._count()} {text}"))
+
+    def __enter__(self) -> Self:
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar:
+            self._bar.stop()
+
+
+def _details(result: SlideResult) -> str:
+    if result.message:
+        return f": {result.message}"
+    if result.status != "done":
+        return ""
+    rate = result.tiles / max(result.wall_seconds, 1e-9)
+    return f", {result.tiles} tiles in {result.wall_seconds:.1f} s ({rate:.0f} tiles/s) by reader {result.reader}"
+
+
+class _Rate(ProgressColumn):
+    """Tiles per second of the slide in progress."""
+
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.speed:.0f} tiles/s" if task.speed else "", style="cyan")
+
+
+def _make_bar(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.fields[slide]}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        _Rate(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+    )

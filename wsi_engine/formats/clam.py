@@ -1,0 +1,118 @@
+"""CLAM's coordinates and features in HDF5 and torch files.
+
+Layout (Lu et al., Nature BME 2021; its public scripts)::
+
+    patches/<slide>.h5    coords int (N, 2), level-0 x, y, with attributes
+    h5_files/<slide>.h5   features float32 (N, D), coords int32 (N, 2)
+    pt_files/<slide>.pt   the features as a bare tensor
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from wsi_engine.errors import FormatError
+from wsi_engine.formats.hdf5 import keep_imported, list_slides, read_array, read_attrs, reading, write_attrs, writing
+from wsi_engine.grid import TileGrid
+from wsi_engine.store import FeatureStore, SlideRecord
+
+
+@dataclass(frozen=True)
+class ClamFiles:
+    """The three files of one slide."""
+
+    coords: Path
+    features: Path
+    tensor: Path
+
+
+def export_clam(store: FeatureStore, out: Path, encoder: str | None = None, *, overwrite: bool = False) -> ClamFiles:
+    """Write a store's coordinates and features as CLAM does; features become float32, which loses nothing.
+
+    Raises:
+        StoreError: the store has no (complete) features of that encoder.
+        FormatError: a file exists and ``overwrite`` is off, or cannot be written.
+    """
+    import torch  # noqa: PLC0415 - only CLAM's .pt files need it
+
+    provenance = store.provenance(encoder)
+    grid = store.grid(provenance["grid"])
+    features = store.features(encoder).astype(np.float32)
+    slide_id = store.slide.name
+    files = ClamFiles(
+        out / "patches" / f"{slide_id}.h5", out / "h5_files" / f"{slide_id}.h5", out / "pt_files" / f"{slide_id}.pt"
+    )
+    origin = provenance.get("imported", {})
+    attrs = origin.get("coords") if origin.get("format") == "clam" else None
+    attrs = attrs or _coords_attrs(store.slide, grid, files.coords.parent)
+    with writing(files.coords, overwrite=overwrite) as temporary, h5py.File(temporary, "w") as file:
+        write_attrs(file.create_dataset("coords", data=grid.origins), attrs)
+    with writing(files.features, overwrite=overwrite) as temporary, h5py.File(temporary, "w") as file:
+        file.create_dataset("features", data=features)
+        file.create_dataset("coords", data=grid.origins.astype(np.int32))
+    with writing(files.tensor, overwrite=overwrite) as temporary:
+        torch.save(torch.from_numpy(features), temporary)
+    return files
+
+
+def import_clam(folder: Path, out: Path, encoder: str, slide_mpp: float | None = None) -> list[Path]:
+    """Read a folder of CLAM's (``patches`` and ``h5_files``) into stores, one a slide.
+
+    Args:
+        folder: holds ``patches`` and ``h5_files``.
+        out: folder of the stores.
+        encoder: name of the encoder that made the features, which CLAM does not record.
+        slide_mpp: micrometres per level-0 pixel, which CLAM does not record either.
+
+    Raises:
+        FormatError: the layout is another, a file is damaged, or ``slide_mpp`` is missing.
+        StoreError: a store cannot be written or holds something else.
+    """
+    if slide_mpp is None:
+        raise FormatError(f"CLAM's files in {folder} do not say how large a pixel is: pass --slide-mpp")
+    return [
+        _import_slide(folder, slide_id, out, encoder, slide_mpp) for slide_id in list_slides(folder / "h5_files", ".h5")
+    ]
+
+
+def _import_slide(folder: Path, slide_id: str, out: Path, encoder: str, slide_mpp: float) -> Path:
+    with reading(folder / "patches" / f"{slide_id}.h5") as file:
+        laid = read_array(file, "coords", "iu", 2).astype(np.int64)
+        attrs = read_attrs(file["coords"])
+        tile_px = int(attrs["patch_size"])
+        downsample = tuple(float(value) for value in np.broadcast_to(np.asarray(attrs["downsample"], float), 2))
+        width, height = (round(n * d) for n, d in zip(attrs["level_dim"], downsample, strict=True))
+    with reading(folder / "h5_files" / f"{slide_id}.h5") as file:
+        features = read_array(file, "features", "f")
+        coords = read_array(file, "coords", "iu", 2).astype(np.int64)
+    if not np.array_equal(laid, coords):
+        raise FormatError(f"patches/{slide_id}.h5 and h5_files/{slide_id}.h5 in {folder} have different coordinates")
+    record = SlideRecord(slide_id, "", (width, height), (slide_mpp, slide_mpp), "override", "", "")
+    grid = TileGrid(
+        origins=coords,
+        tile_px=tile_px,
+        stride_px=tile_px,
+        mpp=slide_mpp * downsample[0],
+        tile_size_level0=(tile_px * downsample[0], tile_px * downsample[1]),
+        lattice_tiles=len(coords),
+    )
+    return keep_imported(out, record, grid, encoder, features, {"format": "clam", "coords": attrs})
+
+
+def _coords_attrs(slide: SlideRecord, grid: TileGrid, folder: Path) -> dict[str, Any]:
+    """The attributes that CLAM writes beside coordinates; tiles are described in level-0 pixels."""
+    size = np.asarray(slide.dimensions)
+    return {
+        "patch_size": round(sum(grid.tile_size_level0) / 2),
+        "patch_level": 0,
+        "downsample": np.ones(2),
+        "downsampled_level_dim": size,
+        "level_dim": size,
+        "name": slide.name,
+        "save_path": str(folder),
+    }
