@@ -43,9 +43,7 @@ def test_links_resolve() -> None:
 def test_the_list_of_packages_is_complete() -> None:
     config = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     top = ROOT / "wsi_engine"
-    there = {"wsi_engine"} | {
-        f"wsi_engine.{path.name}" for path in top.iterdir() if (path / "__init__.py").exists()
-    }
+    there = {"wsi_engine"} | {f"wsi_engine.{path.name}" for path in top.iterdir() if (path / "__init__.py").exists()}
     assert set(config["packages"]) == there
     assert config["package-dir"] == {f"wsi_engine.{name}": name for name in ("kernels", "models", "cli")}
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from wsi_engine.errors import WsiError
     from wsi_engine.extraction import ExtractReport, extract
     from wsi_engine.grid import TileGrid, lay_grid
+    from wsi_engine.picture import draw_overview, save_picture
     from wsi_engine.slide import Slide, open_slide
     from wsi_engine.store import FeatureStore
     from wsi_engine.stream import TileBatch, stream_tiles
@@ -28,6 +29,8 @@ _HOMES = {
     "ExtractReport": "extraction",
     "FeatureStore": "store",
     "Slide": "slide",
+    "draw_overview": "picture",
+    "save_picture": "picture",
     "TileBatch": "stream",
     "TileGrid": "grid",
     "TissueMask": "tissue",
@@ -61,6 +64,8 @@ __all__ = [  # noqa: RUF022 - in the order of the flow
     "extract",
     "ExtractReport",
     "FeatureStore",
+    "draw_overview",
+    "save_picture",
     "WsiError",
     "errors",
     "kernels",

@@ -170,15 +170,19 @@ def _drop_small(mask: NDArray[np.bool_], least: float) -> NDArray[np.bool_]:
 
 
 def _fill_holes(mask: NDArray[np.bool_], least: float, most: int | None) -> NDArray[np.bool_]:
-    """Fill holes of fewer than ``least`` pixels, and all but the ``most`` largest of the others."""
-    holes, count = ndimage.label(ndimage.binary_fill_holes(mask) & ~mask)
-    if count == 0:
-        return mask
-    sizes = np.bincount(holes.ravel())[1:]
-    keep = sizes >= least
-    if most is not None and keep.sum() > most:
-        largest = np.argsort(-sizes, kind="stable")[:most]
-        keep &= np.isin(np.arange(count), largest)
-    fill = np.concatenate([[False], ~keep])
-    filled: NDArray[np.bool_] = mask | fill[holes]
+    """Fill holes of fewer than ``least`` pixels, and all but the ``most`` largest of the others.
+
+    A hole is a region of no tissue that does not reach the raster's border.
+    """
+    regions, _ = ndimage.label(~mask)
+    sizes = np.bincount(regions.ravel())
+    hole = sizes > 0
+    hole[0] = False  # the tissue itself
+    for border in (regions[0], regions[-1], regions[:, 0], regions[:, -1]):
+        hole[border] = False
+    keep = hole & (sizes >= least)
+    if most is not None:
+        by_size = np.argsort(-np.where(keep, sizes, 0), kind="stable")
+        keep[by_size[most:]] = False
+    filled: NDArray[np.bool_] = mask | (hole & ~keep)[regions]
     return filled

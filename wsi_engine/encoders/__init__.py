@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 
 from wsi_engine.encoders.base import IMAGENET_MEAN, IMAGENET_STD, Encoder, EncoderCard, Pooling
-from wsi_engine.encoders.cards import find_card, list_encoders
+from wsi_engine.encoders.cards import DEEP_ENCODERS, TEXTURE, find_card, list_encoders
 from wsi_engine.errors import EncoderError
 
 __all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "Encoder", "EncoderCard", "Pooling", "create_encoder", "list_encoders"]
@@ -34,15 +34,14 @@ def create_encoder(
         >>> encoder = create_encoder("resnet50", weights="random:0", device="cpu")
         >>> encoder.encode(np.zeros((2, 256, 256, 3), np.uint8)).shape
         (2, 1024)
-
     """
-    card = find_card(name)
-    if card is not None and card.builder == "texture":
+    if name == TEXTURE:
         if weights is not None:
             raise EncoderError(f"Encoder {name!r} computes its features and has no weights; leave `--weights` out.")
         from wsi_engine.encoders.texture import TextureEncoder  # noqa: PLC0415  # loads Numba
 
         return TextureEncoder()
+    card = find_card(name)
     if card is None and not name.startswith("timm:"):
         raise _unknown(name)
     from wsi_engine.encoders.deep import DeepEncoder  # noqa: PLC0415  # loads torch and timm
@@ -53,6 +52,7 @@ def create_encoder(
 
 def _unknown(name: str) -> EncoderError:
     """The error for a name that no encoder has, with the names most like it."""
-    close = difflib.get_close_matches(name.lower(), [card.name for card in list_encoders()], n=3, cutoff=0.5)
+    names = [TEXTURE, *(card.name for card in DEEP_ENCODERS)]
+    close = difflib.get_close_matches(name.lower(), names, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(close)}, " if close else "a model of timm is called timm:NAME, "
     return EncoderError(f"There is no encoder called {name!r}; {hint}run `wsi encoders` for the list.")

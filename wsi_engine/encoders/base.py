@@ -75,6 +75,5 @@ class Encoder(Protocol):
 
         Returns:
             float32, (B, dim); row b depends on tile b alone.
-
         """
         ...

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 from wsi_engine.encoders.base import EncoderCard
 
+TEXTURE = "texture"
+"""Name of the built-in encoder."""
+
 HALF = (0.5, 0.5, 0.5)
 H_OPTIMUS_MEAN = (0.707223, 0.578729, 0.703617)
 H_OPTIMUS_STD = (0.211883, 0.230117, 0.177517)
@@ -323,18 +326,11 @@ DEEP_ENCODERS = IMAGENET_ENCODERS + PATHOLOGY_ENCODERS
 
 def list_encoders() -> tuple[EncoderCard, ...]:
     """Cards of all named encoders: the built-in one, then those trained on ImageNet, then on pathology."""
-    return (_texture_card(), *DEEP_ENCODERS)
+    from wsi_engine.encoders.texture import TEXTURE_CARD  # noqa: PLC0415  # its card lives beside it
+
+    return (TEXTURE_CARD, *DEEP_ENCODERS)
 
 
 def find_card(name: str) -> EncoderCard | None:
-    """The card of that name, or None."""
-    if name == "texture":
-        return _texture_card()
+    """The card of a network of the table, or None."""
     return next((card for card in DEEP_ENCODERS if card.name == name), None)
-
-
-def _texture_card() -> EncoderCard:
-    """The built-in encoder's card, which lives beside the encoder."""
-    from wsi_engine.encoders.texture import TEXTURE_CARD  # noqa: PLC0415  # only when asked for
-
-    return TEXTURE_CARD

@@ -37,7 +37,6 @@ class DeepEncoder:
         Raises:
             WeightsError: the weights are missing, unreadable or of the wrong shape.
             EncoderError: the device is absent or too small.
-
         """
         self.device = choose_device(device)
         self.precision = choose_precision(precision)
@@ -68,7 +67,6 @@ class DeepEncoder:
         Raises:
             EncoderError: the batch does not fit in the memory of the device.
             SettingsError: the pixels are of another kind or shape.
-
         """
         self._check(pixels)
         batch = f"{len(pixels)} tiles of {pixels.shape[2]} × {pixels.shape[1]} px"
@@ -144,7 +142,6 @@ def choose_device(device: str) -> torch.device:
 
     Raises:
         EncoderError: no such device here.
-
     """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -7,6 +7,14 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
+
 from wsi_engine.encoders.base import EncoderCard
 from wsi_engine.errors import WeightsError
 
@@ -24,7 +32,6 @@ def fetch_weights(card: EncoderCard) -> Path:
 
     Raises:
         WeightsError: the hub cannot be reached, asks for a licence to be accepted, or has no such file.
-
     """
     if not card.source:
         raise WeightsError(f"Encoder {card.name!r} has no published weights; {ways_out(card)}.")
@@ -47,8 +54,6 @@ def hub_answers(timeout: float = PROBE_SECONDS) -> bool:
 
     The hub's client retries for most of a minute where there is no network; this asks once.
     """
-    from huggingface_hub import constants  # noqa: PLC0415  # slow to import, needed only here
-
     if constants.HF_HUB_OFFLINE:
         return False
     answered = threading.Event()
@@ -71,8 +76,6 @@ def hub_answers(timeout: float = PROBE_SECONDS) -> bool:
 
 def _find_cached(repository: str) -> Path | None:
     """The newest cached file of weights of a repository, or None."""
-    from huggingface_hub import try_to_load_from_cache  # noqa: PLC0415
-
     for filename in FILENAMES:
         found = try_to_load_from_cache(repository, filename)
         if isinstance(found, str):
@@ -82,14 +85,6 @@ def _find_cached(repository: str) -> Path | None:
 
 def _download(card: EncoderCard) -> Path:
     """Download the first of :data:`FILENAMES` that the repository holds."""
-    from huggingface_hub import constants, hf_hub_download  # noqa: PLC0415
-    from huggingface_hub.errors import (  # noqa: PLC0415
-        EntryNotFoundError,
-        GatedRepoError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
-
     missing = f"No weights for encoder {card.name!r}: "
     if not hub_answers():
         raise WeightsError(

@@ -24,7 +24,6 @@ def describe_timm(name: str) -> EncoderCard:
 
     Raises:
         EncoderError: timm has no such model, or it does not turn an RGB tile into one vector.
-
     """
     architecture = name.removeprefix(PREFIX)
     _check_known(name, architecture)

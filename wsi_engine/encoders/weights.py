@@ -48,7 +48,6 @@ def load_backbone(card: EncoderCard, weights: str | None) -> tuple[Backbone, str
 
     Raises:
         WeightsError: the weights are missing, unreadable, or do not fit the network.
-
     """
     if weights is None or weights == "hub":
         path, origin = fetch_weights(card), f"hub:{card.source}"
@@ -83,7 +82,6 @@ def read_state(path: Path) -> dict[str, Tensor]:
 
     Raises:
         WeightsError: no such file, an unknown kind, unreadable, or no tensors in it.
-
     """
     if not path.is_file():
         raise WeightsError(
@@ -118,7 +116,6 @@ def fit_state(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], path:
 
     Raises:
         WeightsError: names the file, and the first tensor of the wrong shape, missing or unknown.
-
     """
     found = _align_names(state, expected)
     for name, tensor in found.items():
