@@ -34,6 +34,10 @@ _CLASSES = {
     "image": "ImageReader",
 }
 
+_PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
+_JPEG_MAGIC = b"\xff\xd8\xff"
+_TIFF_MAGICS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+
 _SLIDE_SUFFIXES = {".svs", ".tif", ".tiff", ".ndpi", ".scn", ".bif", ".dcm", ".svslide", ".vms", ".vmu"}
 """Names that promise another content than a PNG or JPEG. (An .mrxs file is a JPEG.)"""
 
@@ -50,8 +54,9 @@ def open_reader(source: Source, reader: str = "auto", clock: StageClock | None =
     """Open a slide with the reader named, or with the fastest that can read it.
 
     ``auto`` gives arrays to ``image`` and URLs to ``tiffslide``. Local files are judged by their content:
-    TIFFs go to ``turbo``, ``openslide``, then ``image`` and ``tiffslide``; pictures to ``image``; all else
-    to ``openslide``. A TIFF whose tile tables reach past the end of the file is refused whatever could open it.
+    TIFFs go to ``turbo``, then to ``openslide``, ``image`` and ``tiffslide``, in an order that depends on how
+    they are laid out; pictures to ``image``; all else to ``openslide``. A TIFF whose tile tables reach past the
+    end of the file is refused, whatever could open it.
 
     Args:
         source: path, URL (also ``file://``), or array, uint8, (H, W, 3), (H, W) or (H, W, 4).
@@ -77,6 +82,10 @@ def open_reader(source: Source, reader: str = "auto", clock: StageClock | None =
     if path.lower().startswith("file://"):
         path = url2pathname(urlsplit(path).path)
     head = _read_head(path)
+    if head.startswith(_TIFF_MAGICS):
+        from wsi_engine.readers.tables import check_tables  # noqa: PLC0415 - needs tifffile
+
+        check_tables(path)
     if reader != "auto":
         return _build(reader, path, clock)
     return _try_readers(path, _candidates(path, head), clock)
@@ -103,32 +112,39 @@ def _try_readers(path: str, names: tuple[str, ...], clock: StageClock) -> Reader
         except DamagedError:
             raise
         except (SlideError, ImportError) as error:
-            reason = " ".join(str(error).split()).removeprefix(f"cannot read {path}: ").rstrip(".")
-            refusals.append(f"{name} ({reason})")
+            refusals.append(f"{name} ({_reason(str(error), path)})")
     raise SlideError(f"cannot read {path}: tried {', '.join(refusals)}; check that the file is a complete slide")
+
+
+def _reason(message: str, path: str) -> str:
+    """What a reader's message says beyond the path and the fact that it cannot read it."""
+    text = " ".join(message.split()).rstrip(".")
+    for opening in (
+        f"cannot read {path}: ",
+        f"{path} cannot be read by the turbo reader: ",
+        f"{path} cannot be read: ",
+    ):
+        text = text.removeprefix(opening)
+    return text
 
 
 def _candidates(path: str, head: bytes) -> tuple[str, ...]:
     """Names of the readers to try on a local file, in order."""
-    from wsi_engine.readers.image import JPEG_MAGIC, PNG_MAGIC, TIFF_MAGICS  # noqa: PLC0415 - keeps `import` light
-
     suffix = Path(path).suffix.lower()
     if suffix == ".mrxs":
         folder = Path(path).with_suffix("")
         if not folder.is_dir():
             raise SlideError(f"cannot read {path}: its data folder {folder} is missing; copy it beside the file")
         return ("openslide",)
-    if head.startswith((PNG_MAGIC, JPEG_MAGIC)):
+    if head.startswith((_PNG_MAGIC, _JPEG_MAGIC)):
         if suffix in _SLIDE_SUFFIXES:
-            kind = "PNG" if head.startswith(PNG_MAGIC) else "JPEG"
+            kind = "PNG" if head.startswith(_PNG_MAGIC) else "JPEG"
             raise SlideError(f'{path} is a {kind} picture named {suffix}; rename it or open it with reader "image"')
         return ("image",)
-    if head.startswith(TIFF_MAGICS):
-        from wsi_engine.readers.tables import check_tables, is_plain  # noqa: PLC0415 - needs tifffile
+    if head.startswith(_TIFF_MAGICS):
+        from wsi_engine.readers.tables import order_readers  # noqa: PLC0415 - needs tifffile
 
-        check_tables(path)
-        last = ("image", "tiffslide") if is_plain(path) else ("tiffslide", "image")
-        return ("turbo", "openslide", *last)
+        return order_readers(path)
     return ("turbo", "openslide", "tiffslide", "image")
 
 

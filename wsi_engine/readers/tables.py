@@ -15,6 +15,9 @@ _PAGES_CHECKED = 64
 _SMALL = 1 << 24
 """Pixels up to which a tiled TIFF is taken into memory as a picture."""
 
+_MAX_TILE = 1 << 28
+"""Pixels of the largest tile that is believed: a library that makes room for more ends the whole process."""
+
 
 def check_tables(path: str) -> None:
     """Refuse a local TIFF whose directory or tile tables cannot be true.
@@ -34,14 +37,22 @@ def check_tables(path: str) -> None:
         return
 
 
-def is_plain(path: str) -> bool:
-    """Whether a TIFF is a picture rather than a slide: in strips, or small; False where it cannot be parsed."""
+def order_readers(path: str) -> tuple[str, ...]:
+    """Names of the readers for a TIFF, the one to try first in front.
+
+    OpenSlide sees no levels in SubIFDs, so tiffslide goes before it there; a TIFF in strips, or a small one,
+    is a picture before it is a slide of tiffslide's.
+    """
     try:
         with TiffFile(path) as tiff:
             page = tiff.pages.first
-            return not page.is_tiled or page.imagewidth * page.imagelength <= _SMALL
-    except Exception:  # as in check_tables
-        return False
+            if page.subifds:
+                return ("turbo", "tiffslide", "openslide", "image")
+            if not page.is_tiled or page.imagewidth * page.imagelength <= _SMALL:
+                return ("turbo", "openslide", "image", "tiffslide")
+    except Exception:  # as in check_tables: the readers will say why they refuse it
+        pass
+    return ("turbo", "openslide", "tiffslide", "image")
 
 
 def check_tiff(tiff: TiffFile, path: str) -> None:
@@ -66,6 +77,11 @@ def _check_page(page: TiffPage, file_size: int, where: str) -> None:
         raise DamagedError(
             f"{where} is {page.imagewidth} x {page.imagelength} pixels by its header, which takes {expected} tiles, "
             f"but its table lists {min(len(offsets), len(counts))}; the file is damaged, copy it again"
+        )
+    if page.is_tiled and page.tilewidth * page.tilelength > _MAX_TILE:
+        raise DamagedError(
+            f"{where} has tiles of {page.tilewidth} x {page.tilelength} pixels by its header; the file is damaged, "
+            "copy it again"
         )
     counts = counts[: len(offsets)]
     # Compared without adding first: the sum of two wild 64-bit numbers wraps around.

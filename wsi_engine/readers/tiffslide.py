@@ -212,7 +212,7 @@ def _explain(error: Exception, where: str) -> str:
         cure = f'pip install "wsi-engine[{extra}]"' if extra else text
         return f"a package for {scheme}:// is missing; {cure}"
     if isinstance(error, FileNotFoundError):
-        return "there is no such file"
+        return "there is no such file" + (", or its server cannot be reached" if "://" in where else "")
     if isinstance(error, PermissionError) or "credentials" in text.lower():
         return f"access is refused ({text}); set the credentials, or FSSPEC_S3_ANON=true for a public bucket"
     if isinstance(error, OSError | TimeoutError):
