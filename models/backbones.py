@@ -78,7 +78,6 @@ def pool_tokens(tokens: Tensor, pooling: str, prefix_tokens: int) -> Tensor:
 
     Returns:
         (B, D), or (B, 2 D) for ``cls+mean``.
-
     """
     if pooling == "cls":
         return tokens[:, 0]
@@ -112,7 +111,6 @@ def build_backbone(
     Raises:
         RuntimeError: timm does not know the architecture.
         TypeError: the architecture does not take one of the options.
-
     """
     arguments = {name: _layer_class(name, value) for name, value in (options or {}).items()}
     cut = bool(arguments.get("features_only", False))

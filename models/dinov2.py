@@ -46,7 +46,6 @@ def convert_dinov2(state: Mapping[str, Tensor], tokens: int) -> dict[str, Tensor
 
     Returns:
         A new dict. Names that are not part of a DINOv2 network are kept as they are.
-
     """
     converted: dict[str, Tensor] = {}
     parts: dict[tuple[str, str], dict[str, Tensor]] = {}

@@ -155,6 +155,12 @@ def test_missing_scale_names_the_flag(picture: Path, tmp_path: Path) -> None:
     assert os.listdir(tmp_path / "out") == []
 
 
+def test_a_slide_that_cannot_be_read_leaves_nothing(picture: Path, tmp_path: Path) -> None:
+    report = extract(picture, tmp_path / "out", MeanEncoder(), **options(slide_mpp=30))  # type: ignore[arg-type]
+    assert "too coarse" in report.failed[0].message
+    assert os.listdir(tmp_path / "out") == []
+
+
 def test_an_error_of_the_encoder_leaves_nothing_complete(picture: Path, tmp_path: Path) -> None:
     class Failing(MeanEncoder):
         def encode(self, pixels: np.ndarray) -> np.ndarray:

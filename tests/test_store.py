@@ -246,6 +246,17 @@ def test_tissue_comes_back(tmp_path: Path) -> None:
     assert (back.mpp, back.threshold, back.counts) == (8.0, 12.0, mask.counts)
 
 
+def test_grids_of_one_store_share_its_tissue(tmp_path: Path) -> None:
+    store = FeatureStore.create(tmp_path / "a.zarr", RECORD)
+    mask = TissueMask(np.ones((3, 4), bool), 8.0)
+    store.write_grid("g", make_grid(), {}, mask)
+    store.write_grid("h", make_grid(5), {}, mask)
+    assert store.grids() == ("g", "h")
+    with pytest.raises(MismatchError, match="tissue"):
+        store.write_grid("i", make_grid(6), {}, TissueMask(np.zeros((3, 4), bool), 8.0))
+    assert store.grids() == ("g", "h")
+
+
 def test_a_torn_grid_counts_as_none(tmp_path: Path) -> None:
     store = FeatureStore.create(tmp_path / "a.zarr", RECORD)
     store.group("tiles/g").create_array("origins", shape=(23, 2), dtype="int64")  # killed before its attributes

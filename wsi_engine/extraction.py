@@ -205,8 +205,7 @@ def _extract_slide(
     with open_slide(source.path, source.mpp, settings.reader) as slide:
         record = SlideRecord.of(slide, source.slide_id)
         with hold_lease(out / f".{source.slide_id}.lease"):
-            store = FeatureStore.create(path, record)
-            grid = _stored_or_new_grid(store, slide, settings)
+            store, grid = _open_store(path, record, slide, settings)
             writer = FeatureWriter(
                 store,
                 FeatureIdentity(encoder.card, settings.grid.name, grid, encoder.precision, settings.dtype),
@@ -221,24 +220,32 @@ def _extract_slide(
             writer.finish(slide.clock.seconds())
     status: Status = "done" if len(grid) else "no tissue"
     message = "" if len(grid) else _explain_empty(store)
-    if message:
+    if message and not progress:
         log.warning("%s: %s", source.slide_id, message)
     return replace(finished, status=status, message=message, seconds=slide.clock.seconds())
 
 
-def _stored_or_new_grid(store: FeatureStore, slide: Slide, settings: ExtractSettings) -> TileGrid:
-    """The grid that the store has under these settings, else a new one, which is stored."""
+def _open_store(
+    path: Path, record: SlideRecord, slide: Slide, settings: ExtractSettings
+) -> tuple[FeatureStore, TileGrid]:
+    """The slide's store, and its grid under these settings: the stored one, else a new one, which is stored.
+
+    A new store is made only once its grid is known, so that a slide that cannot be read leaves nothing behind.
+    """
     name = settings.grid.name
     wanted = settings.grid_json()
-    had = store.grid_settings(name)
+    store = FeatureStore.create(path, record) if path.exists() else None
+    had = store.grid_settings(name) if store else None
     if had is None:
         tissue = settings.tissue if isinstance(settings.tissue, TissueMask) else None
         detector = tissue_settings(settings.tissue)
         if detector:
             tissue = detect_tissue(slide, detector, settings.workers)
         grid = lay_grid_on(slide, settings.grid, tissue)
+        store = store or FeatureStore.create(path, record)
         store.write_grid(name, grid, wanted, tissue)
-        return grid
+        return store, grid
+    assert store
     differing = [key for key in wanted if had.get(key) != wanted[key]]
     if differing:
         changes = "; ".join(f"{key} {had.get(key)}, now {wanted[key]}" for key in differing)
@@ -246,7 +253,7 @@ def _stored_or_new_grid(store: FeatureStore, slide: Slide, settings: ExtractSett
             f"the grid {name} of {store.path} was laid differently ({changes}): choose another output folder, or "
             "delete that store"
         )
-    return store.grid(name)
+    return store, store.grid(name)
 
 
 def _encode_missing(

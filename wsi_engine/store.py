@@ -180,8 +180,19 @@ class FeatureStore:
         return self._attrs(f"{self._features_path(encoder)}/values")
 
     def write_grid(self, name: str, grid: TileGrid, settings: dict[str, Any], tissue: TissueMask | None) -> None:
-        """Write a grid and the tissue it was laid on; each counts only once it is whole."""
+        """Write a grid and the tissue it was laid on; each counts only once it is whole.
+
+        Raises:
+            MismatchError: the store has another tissue mask, on which other grids were laid.
+            StoreError: the store cannot be written.
+        """
         if tissue is not None:
+            had = self._attrs("tissue/mask").get("digest", tissue.digest)
+            if had != tissue.digest:
+                raise MismatchError(
+                    f"the tissue of {self.path} was found differently (digest {_short(had)}, now "
+                    f"{_short(tissue.digest)}): choose another output folder, or delete that store"
+                )
             self._write("tissue/mask", tissue.mask, _tissue_attrs(tissue), (1024, 1024))
         self._write(f"tiles/{name}/origins", grid.origins, grid.to_json() | {"settings": settings}, (65_536, 2))
 

@@ -155,9 +155,7 @@ def write_pyramid(
             _write_file(partial, pyramid, layout, mpp, texts)
         os.replace(partial, path)
     except OSError as error:
-        raise SlideError(
-            f"The slide {path} cannot be written ({error.strerror or error}): check the folder."
-        ) from error
+        raise SlideError(f"The slide {path} cannot be written: {error.strerror or error}; check the folder.") from error
     finally:
         partial.unlink(missing_ok=True)
 

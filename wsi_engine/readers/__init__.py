@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from wsi_engine.clock import StageClock
 from wsi_engine.errors import SettingsError, SlideError
+from wsi_engine.readers import magic
 from wsi_engine.readers.base import DamagedError, Reader
 
 __all__ = ["READERS", "is_url", "open_reader"]
@@ -33,10 +34,6 @@ _CLASSES = {
     "tiffslide": "TiffSlideReader",
     "image": "ImageReader",
 }
-
-_PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
-_JPEG_MAGIC = b"\xff\xd8\xff"
-_TIFF_MAGICS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 _SLIDE_SUFFIXES = {".svs", ".tif", ".tiff", ".ndpi", ".scn", ".bif", ".dcm", ".svslide", ".vms", ".vmu"}
 """Names that promise another content than a PNG or JPEG. (An .mrxs file is a JPEG.)"""
@@ -82,7 +79,7 @@ def open_reader(source: Source, reader: str = "auto", clock: StageClock | None =
     if path.lower().startswith("file://"):
         path = url2pathname(urlsplit(path).path)
     head = _read_head(path)
-    if head.startswith(_TIFF_MAGICS):
+    if head.startswith(magic.TIFF):
         from wsi_engine.readers.tables import check_tables  # noqa: PLC0415 - needs tifffile
 
         check_tables(path)
@@ -136,12 +133,12 @@ def _candidates(path: str, head: bytes) -> tuple[str, ...]:
         if not folder.is_dir():
             raise SlideError(f"cannot read {path}: its data folder {folder} is missing; copy it beside the file")
         return ("openslide",)
-    if head.startswith((_PNG_MAGIC, _JPEG_MAGIC)):
+    if head.startswith((magic.PNG, magic.JPEG)):
         if suffix in _SLIDE_SUFFIXES:
-            kind = "PNG" if head.startswith(_PNG_MAGIC) else "JPEG"
+            kind = "PNG" if head.startswith(magic.PNG) else "JPEG"
             raise SlideError(f'{path} is a {kind} picture named {suffix}; rename it or open it with reader "image"')
         return ("image",)
-    if head.startswith(_TIFF_MAGICS):
+    if head.startswith(magic.TIFF):
         from wsi_engine.readers.tables import order_readers  # noqa: PLC0415 - needs tifffile
 
         return order_readers(path)

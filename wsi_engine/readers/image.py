@@ -12,15 +12,12 @@ from numpy.typing import NDArray
 
 from wsi_engine.clock import StageClock
 from wsi_engine.errors import SettingsError, SlideError
+from wsi_engine.readers import magic
 from wsi_engine.readers.base import Level, Metadata, RGBImage
 from wsi_engine.readers.window import check_window, white_image
 
 MAX_PIXELS = 1 << 30
 """Largest picture that is taken into memory (3 GiB as RGB)."""
-
-PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
-JPEG_MAGIC = b"\xff\xd8\xff"
-TIFF_MAGICS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 _CONVERT = "convert the picture to 8 bits per channel"
 
@@ -124,11 +121,11 @@ def _load_file(path: str) -> tuple[NDArray[np.uint8], Metadata]:
     try:
         with open(path, "rb") as file:
             head = file.read(32)
-        if head.startswith(PNG_MAGIC):
+        if head.startswith(magic.PNG):
             return _load_png(path, head), Metadata(vendor="image")
-        if head.startswith(JPEG_MAGIC):
+        if head.startswith(magic.JPEG):
             return _load_jpeg(path), Metadata(vendor="image")
-        if head.startswith(TIFF_MAGICS):
+        if head.startswith(magic.TIFF):
             return _load_tiff(path)
     except SlideError:
         raise
@@ -165,7 +162,10 @@ def _load_jpeg(path: str) -> NDArray[np.uint8]:
 def _load_tiff(path: str) -> tuple[NDArray[np.uint8], Metadata]:
     from tifffile import PHOTOMETRIC, TiffFile, TiffPage  # noqa: PLC0415
 
+    from wsi_engine.readers.tables import check_tiff  # noqa: PLC0415
+
     with TiffFile(path) as tiff:
+        check_tiff(tiff, path)
         page = tiff.pages.first
         _check_size(path, page.imagewidth, page.imagelength)
         if page.dtype is None or page.dtype not in (np.uint8, np.bool_):

@@ -53,7 +53,7 @@ def table_segments(tables: bytes | None) -> bytes:
     """
     if not tables:
         return b""
-    kept = []
+    kept: list[bytes] = []
     position = _after_start(tables)
     while True:
         marker, start, end = _segment(tables, position)
@@ -86,7 +86,7 @@ class TileHeaders:
         Raises:
             JpegError: no JPEG header, or a frame of another size, depth or number of components.
         """
-        kept = []
+        kept: list[bytes] = []
         framed = False
         position = _after_start(stream)
         while True:

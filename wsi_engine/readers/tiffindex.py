@@ -128,7 +128,7 @@ def _index(tiff: tifffile.TiffFile, size: int) -> TiffIndex:
 
 
 def _chain(pages: tifffile.TiffPages) -> list[tifffile.TiffPage]:
-    found = []
+    found: list[tifffile.TiffPage] = []
     for number in range(MAX_PAGES):
         try:
             page = pages[number]
@@ -208,7 +208,7 @@ def _fits(first: tifffile.TiffPage, page: tifffile.TiffPage) -> bool:
         *((full / (part + 1), full / (part - 1) if part > 1 else np.inf) for full, part in _sides(first, page)),
         strict=True,
     )
-    return max(low) <= min(high)
+    return bool(max(low) <= min(high))
 
 
 def _sides(first: tifffile.TiffPage, page: tifffile.TiffPage) -> Iterator[tuple[int, int]]:

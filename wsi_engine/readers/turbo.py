@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import time
@@ -15,13 +16,14 @@ from numpy.typing import NDArray
 
 from wsi_engine.clock import StageClock
 from wsi_engine.errors import SlideError
-from wsi_engine.readers.base import BACKGROUND, Level, Metadata, RGBImage
+from wsi_engine.readers.base import Level, Metadata, RGBImage
 from wsi_engine.readers.jpeg import JpegError
+from wsi_engine.readers.tiffindex import ADVICE, TiledLevel, read_index
 from wsi_engine.readers.tilecache import TileCache, count_uses
-from wsi_engine.readers.tiffindex import TiledLevel, read_index
-from wsi_engine.readers.window import check_window
+from wsi_engine.readers.window import check_window, white_image
 
-_ADVICE = "the file may be truncated: copy it again"
+_MAX_FILL_PIXELS = 1 << 26
+"""Pixels of the finer level from which a missing tile is made, at most (192 MiB)."""
 
 
 class _File:
@@ -36,24 +38,27 @@ class _File:
 
 
 class TurboReader:
-    """Reads the JPEG tiles of Aperio SVS, generic tiled TIFF and OME-TIFF; see :class:`~wsi_engine.readers.base.Reader`.
+    """Reads the JPEG tiles of Aperio SVS, generic tiled TIFF and OME-TIFF.
 
     Pixels are those of OpenSlide at the same level: the same decoder settings (accurate DCT, smooth chroma
-    upsampling), colours by the TIFF's photometric field.
+    upsampling), colours by the TIFF's photometric field. Levels inside SubIFDs, of which OpenSlide shows
+    none, are read too.
+
+    Args:
+        source: path of a local file.
+        clock: where the seconds of reading go: "read" for fetching bytes, "decode" for the JPEG tiles.
+
+    Raises:
+        SlideError: not a tiled JPEG TIFF of the kinds above; DamagedError where it is one but is cut short.
     """
 
     name = "turbo"
 
-    def __init__(self, source: str | Path, clock: StageClock) -> None:
-        """Open a slide.
-
-        Raises:
-            SlideError: not a tiled JPEG TIFF of the kinds above, damaged or cut short.
-        """
+    def __init__(self, source: str | os.PathLike[str], clock: StageClock | None = None) -> None:
+        self.clock = StageClock() if clock is None else clock
         self._path = Path(source)
-        self.clock = clock
         if not hasattr(os, "pread"):
-            raise SlideError(f"{self._path} cannot be read by the turbo reader: this system cannot read by offset")
+            raise SlideError(f"cannot read {self._path}: this system cannot read by offset, which turbo needs")
         index = read_index(self._path)
         self._tiled = index.levels
         self._levels = tuple(tiled.level for tiled in index.levels)
@@ -67,7 +72,7 @@ class TurboReader:
         try:
             self._file: _File | None = _File(self._path)
         except OSError as error:
-            raise SlideError(f"{self._path} cannot be read: {error.strerror}") from error
+            raise SlideError(f"cannot read {self._path}: {error.strerror}") from error
 
     @property
     def levels(self) -> tuple[Level, ...]:
@@ -86,28 +91,27 @@ class TurboReader:
             SlideError: a tile cannot be read or decoded, there is no such level, or the reader is closed.
             SettingsError: width or height is less than 1.
         """
-        if self._file is None:
-            raise SlideError(f"{self._path} is closed: open it again to read from it")
-        left, top, right, bottom = check_window(self._levels, level, x, y, width, height)
+        left, top, right, bottom = inside = check_window(self._levels, level, x, y, width, height)
+        self._open_file()
         tiled = self._tiled[level]
-        tile_width, tile_height = tiled.tile_width, tiled.tile_height
-        inside = right - left == width and bottom - top == height
-        if inside and width == tile_width and height == tile_height and not x % tile_width and not y % tile_height:
-            number = y // tile_height * tiled.across + x // tile_width
+        tile_width, tile_height, across = tiled.tile_width, tiled.tile_height, tiled.across
+        whole = right - left == width and bottom - top == height
+        if whole and (width, height) == (tile_width, tile_height) and not (left % tile_width or top % tile_height):
+            number = top // tile_height * across + left // tile_width
             if self._cache.take_alone((level, number)):
                 return self._decode(level, number)
-        shape = height, width, 3
-        out = np.empty(shape, np.uint8) if inside else np.full(shape, BACKGROUND, np.uint8)
-        if right <= left or bottom <= top:
+        out = np.empty((height, width, 3), np.uint8) if whole else white_image(width, height)
+        if inside.empty:
             return out
         for row in range(top // tile_height, -(-bottom // tile_height)):
-            y0, y1 = max(top, row * tile_height), min(bottom, (row + 1) * tile_height)
+            tile_top = row * tile_height
+            y0, y1 = max(top, tile_top), min(bottom, tile_top + tile_height)
             for column in range(left // tile_width, -(-right // tile_width)):
-                x0, x1 = max(left, column * tile_width), min(right, (column + 1) * tile_width)
-                pixels = self._tile(level, row * tiled.across + column)
-                out[y0 - y : y1 - y, x0 - x : x1 - x] = pixels[
-                    y0 - row * tile_height : y1 - row * tile_height, x0 - column * tile_width : x1 - column * tile_width
-                ]
+                tile_left = column * tile_width
+                x0, x1 = max(left, tile_left), min(right, tile_left + tile_width)
+                pixels = self._tile(level, row * across + column)
+                part = pixels[y0 - tile_top : y1 - tile_top, x0 - tile_left : x1 - tile_left]
+                out[y0 - y : y1 - y, x0 - x : x1 - x] = part
         return out
 
     @contextmanager
@@ -115,15 +119,21 @@ class TurboReader:
         """Announce rectangles (N, 4) of ``level``: within the context each compressed tile is decoded once.
 
         Decoded tiles are kept until their last announced use, so memory follows the spread of the
-        boxes being read (a row of tiles when they come row by row), not the slide.
+        boxes being read (a row of tiles when they come row by row), not the slide. Should the order of
+        reading make them more than :data:`~wsi_engine.readers.tilecache.PLANNED_BYTES`, the oldest
+        are dropped and decoded again.
+
+        Raises:
+            SlideError: there is no such level.
         """
+        check_window(self._levels, level, 0, 0, 1, 1)
         tiled = self._tiled[level]
         uses = count_uses(boxes, (tiled.tile_width, tiled.tile_height), (tiled.across, tiled.down))
         with self._cache.plan(level, uses):
             yield
 
     def close(self) -> None:
-        """Give back the file and the decoded tiles."""
+        """Give back the file and the decoded tiles; reads under way still end well."""
         self._file = None
         self._cache.clear()
 
@@ -137,29 +147,35 @@ class TurboReader:
             return self._missing(level, number)
         start = time.perf_counter()
         stream = self._fetch(tiled, level, number)
-        between = time.perf_counter()
+        fetched = time.perf_counter()
         pixels = np.empty((tiled.tile_height, tiled.tile_width, 3), np.uint8)
         try:
             _decompress(self._complete(level, stream), pixels)
+        except JpegError as error:
+            raise self._damage(level, number, f"it {error}") from error
         except ValueError as error:
             raise self._damage(level, number, str(error)) from error
-        self.clock.add("read", between - start)
-        self.clock.add("decode", time.perf_counter() - between)
+        self.clock.add("read", fetched - start)
+        self.clock.add("decode", time.perf_counter() - fetched)
         with self._count_lock:
             self.tiles_decoded += 1
         return pixels
 
-    def _fetch(self, tiled: TiledLevel, level: int, number: int) -> bytes:
+    def _open_file(self) -> _File:
         file = self._file
         if file is None:
-            raise SlideError(f"{self._path} is closed: open it again to read from it")
+            raise SlideError(f"cannot read {self._path}: it was closed; open it again")
+        return file
+
+    def _fetch(self, tiled: TiledLevel, level: int, number: int) -> bytes:
+        file = self._open_file()  # held until the bytes are there: close() must not pull it away
         count, offset = int(tiled.counts[number]), int(tiled.offsets[number])
         try:
             stream = os.pread(file.descriptor, count, offset)
         except OSError as error:
             raise self._damage(level, number, error.strerror or str(error)) from error
         if len(stream) < count:
-            raise self._damage(level, number, "reaches past the end of the file")
+            raise self._damage(level, number, "it reaches past the end of the file")
         return stream
 
     def _complete(self, level: int, stream: bytes) -> bytes:
@@ -170,16 +186,30 @@ class TurboReader:
         return known[1] + stream[len(known[0]) :]
 
     def _missing(self, level: int, number: int) -> RGBImage:
-        """A tile that the file leaves out: white, or in Aperio files filled from the next finer level."""
+        """A tile that the file leaves out: white, but made from the next finer level in Aperio's lower levels.
+
+        OpenSlide does the same: some Aperio scanners left tiles out of lower levels by mistake.
+        """
         tiled = self._tiled[level]
-        pixels = np.full((tiled.tile_height, tiled.tile_width, 3), BACKGROUND, np.uint8)
-        return pixels
+        width, height = tiled.tile_width, tiled.tile_height
+        if level == 0 or not self._fills_gaps:
+            return white_image(width, height)
+        row, column = divmod(number, tiled.across)
+        ratio = tiled.level.downsample / self._levels[level - 1].downsample
+        left, top = column * width * ratio, row * height * ratio
+        x, y = math.floor(left), math.floor(top)
+        across, down = math.ceil(left + width * ratio) - x, math.ceil(top + height * ratio) - y
+        if across * down > _MAX_FILL_PIXELS:
+            return white_image(width, height)
+        from wsi_engine.kernels.resample import resample_area  # noqa: PLC0415 - Numba, for a rare case
+
+        finer = self.read(level - 1, x, y, across, down)
+        return resample_area(finer, left - x, top - y, ratio, ratio, width, height)
 
     def _damage(self, level: int, number: int, reason: str) -> SlideError:
-        across = self._tiled[level].across
-        row, column = divmod(number, across)
+        row, column = divmod(number, self._tiled[level].across)
         return SlideError(
-            f"{self._path}, level {level}, tile at column {column}, row {row} cannot be read ({reason}): {_ADVICE}"
+            f"cannot read {self._path} at level {level}, tile in column {column} of row {row}: {reason}; {ADVICE}"
         )
 
 
@@ -189,6 +219,6 @@ def _decompress(stream: bytes, pixels: RGBImage) -> None:
         simplejpeg.decode_jpeg(stream, "RGB", fastdct=False, fastupsample=False, buffer=pixels)
     except ValueError as error:
         # Stray bytes before a marker harm no pixel, and some scanners write them.
-        if isinstance(error, JpegError) or "extraneous bytes" not in str(error):
+        if "extraneous bytes" not in str(error):
             raise
         simplejpeg.decode_jpeg(stream, "RGB", fastdct=False, fastupsample=False, buffer=pixels, strict=False)
