@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -158,3 +159,37 @@ def test_debug_shows_the_traceback(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1
+
+
+_SLOW_WSI = """
+import sys, time
+from wsi_engine.extraction import extract_sources
+import wsi_engine.encoders.texture as texture
+plain = texture.TextureEncoder.encode
+def slow(self, pixels):
+    print("encoding", flush=True)
+    time.sleep(0.2)
+    return plain(self, pixels)
+texture.TextureEncoder.encode = slow
+from wsi_engine.cli import main
+main()
+"""
+
+
+def test_ctrl_c_ends_cleanly_and_the_next_run_goes_on(picture: Path, tmp_path: Path) -> None:
+    options = ["extract", str(picture), "-o", str(tmp_path / "o"), "--encoder", "texture", "--slide-mpp", "0.5"]
+    options += ["--tile-px", "48", "--batch-size", "8"]
+    command = [sys.executable, "-c", _SLOW_WSI, *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for _ in range(4):
+            process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "run the same command again" in errors
+    assert "Traceback" not in errors
+    assert sorted(path.name for path in (tmp_path / "o").iterdir()) == ["picture.zarr"]  # the lease is given back
+    result = wsi(*options)
+    assert result.exit_code == 0
+    assert "already stored" in result.output

@@ -1,9 +1,8 @@
-"""One suite that every reader passes, on the same generated slide; then what is particular to one, and real files."""
+"""One suite that every reader passes, on the same generated slide."""
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from PIL import Image
 
 from wsi_engine.clock import StageClock
 from wsi_engine.errors import SettingsError, SlideError
-from wsi_engine.readers import READERS, is_url, open_reader
+from wsi_engine.readers import READERS, open_reader
 from wsi_engine.readers.base import Reader
 from wsi_engine.readers.openslide import BLOCK
 from wsi_engine.tiffwriter import TiffLayout, write_pyramid
@@ -24,16 +23,7 @@ from wsi_engine.tiffwriter import TiffLayout, write_pyramid
 Pixels = NDArray[np.uint8]
 
 WIDTH, HEIGHT = 1100, 700
-ALL = [
-    pytest.param(
-        name,
-        marks=pytest.mark.skipif(
-            importlib.util.find_spec(f"wsi_engine.readers.{name}") is None, reason=f"there is no reader {name} yet"
-        ),
-    )
-    for name in READERS
-]
-PYRAMID = [param for param in ALL if param.values[0] != "image"]
+PYRAMID = [name for name in READERS if name != "image"]
 
 
 def paint(x: int, y: int, width: int, height: int) -> Pixels:
@@ -64,7 +54,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
     return Files(slide, folder / "picture.png")
 
 
-@pytest.fixture(params=ALL)
+@pytest.fixture(params=READERS)
 def reader(request: pytest.FixtureRequest, files: Files) -> Iterator[Reader]:
     source = files.picture if request.param == "image" else files.slide
     opened = open_reader(source, request.param, StageClock())
@@ -322,256 +312,3 @@ def test_openslide_reads_large_rectangles_in_blocks(tmp_path: Path) -> None:
     assert (image[:, :10] == 255).all()
     assert (image[:, -10:] == 255).all()
     reader.close()
-
-
-# ---- the choice of a reader ----
-
-
-def test_auto_takes_the_fastest(files: Files) -> None:
-    slide = open_reader(files.slide)
-    fastest = "openslide" if importlib.util.find_spec("wsi_engine.readers.turbo") is None else "turbo"
-    assert slide.name == fastest
-    assert open_reader(files.picture).name == "image"
-    assert open_reader(np.zeros((5, 6, 3), np.uint8)).name == "image"
-    assert open_reader(files.slide.as_uri()).name == fastest
-    slide.close()
-
-
-@pytest.mark.parametrize("compression", ["jpeg2000", "lzw"])
-def test_auto_goes_on_where_turbo_cannot(compression: str, tmp_path: Path) -> None:
-    path = tmp_path / "slide.svs"
-    layout = TiffLayout(tile_px=128, levels=2, compression=compression, photometric="rgb")  # type: ignore[arg-type]
-    write_pyramid(path, WIDTH, HEIGHT, paint, mpp=0.5, layout=layout)
-    reader = open_reader(path)
-    assert reader.name == "openslide"
-    assert np.abs(read_level(reader, 0).astype(int) - paint(0, 0, WIDTH, HEIGHT)).mean() < 3
-    reader.close()
-
-
-def test_auto_keeps_the_levels_that_openslide_cannot_see(tmp_path: Path) -> None:
-    path = tmp_path / "subifds.tif"
-    pixels = np.tile(paint(0, 0, WIDTH, HEIGHT), (6, 4, 1))
-    with tifffile.TiffWriter(path) as writer:
-        writer.write(pixels, tile=(512, 512), compression="zstd", photometric="rgb", subifds=1, metadata=None)
-        writer.write(pixels[::2, ::2], tile=(512, 512), compression="zstd", photometric="rgb", metadata=None)
-    reader = open_reader(path)
-    assert (reader.name, len(reader.levels)) == ("tiffslide", 2)
-    np.testing.assert_array_equal(reader.read(0, 1000, 600, 300, 200), pixels[600:800, 1000:1300])
-    np.testing.assert_array_equal(reader.read(1, 1000, 600, 300, 200), pixels[::2, ::2][600:800, 1000:1300])
-    reader.close()
-
-
-def test_unknown_reader_lists_the_four(files: Files) -> None:
-    with pytest.raises(SettingsError, match="turbo, openslide, tiffslide, image"):
-        open_reader(files.slide, "cucim")
-
-
-def test_readers_that_cannot_take_the_source(files: Files) -> None:
-    with pytest.raises(SettingsError, match="image"):
-        open_reader(np.zeros((5, 6, 3), np.uint8), "openslide")
-    with pytest.raises(SettingsError, match="tiffslide"):
-        open_reader("https://example.invalid/slide.svs", "openslide")
-    with pytest.raises(SettingsError, match="int"):
-        open_reader(5)  # type: ignore[arg-type]
-
-
-def test_urls_and_paths_are_told_apart() -> None:
-    assert is_url("s3://bucket/slide.svs")
-    assert is_url("simplecache::https://host/slide.svs")
-    assert not is_url("file:///data/slide.svs")
-    assert not is_url("/data/slide.svs")
-    assert not is_url("C:\\data\\slide.svs")
-
-
-# ---- pictures and arrays ----
-
-
-def test_grey_and_transparent_arrays() -> None:
-    grey = np.arange(60, dtype=np.uint8).reshape(6, 10)
-    np.testing.assert_array_equal(read_level(open_reader(grey), 0), np.stack([grey] * 3, axis=-1))
-    clear = np.zeros((2, 3, 4), np.uint8)
-    clear[0, :, :3] = [200, 100, 0]
-    clear[0, :, 3] = [0, 128, 255]
-    image = read_level(open_reader(clear), 0)
-    over = Image.alpha_composite(Image.new("RGBA", (3, 2), "white"), Image.fromarray(clear))
-    assert np.abs(image.astype(int) - np.asarray(over.convert("RGB"))).max() <= 1
-    assert (image[1] == 255).all()
-
-
-@pytest.mark.parametrize(
-    "array",
-    [
-        np.zeros((4, 4, 3), np.float32),
-        np.zeros((4, 4, 3), np.uint16),
-        np.zeros((4, 4, 2), np.uint8),
-        np.zeros((3, 4, 4, 3), np.uint8),
-        np.zeros((0, 4, 3), np.uint8),
-        np.zeros(5, np.uint8),
-    ],
-    ids=lambda array: f"{array.dtype}-{array.shape}",
-)
-def test_arrays_of_other_kinds_are_refused(array: NDArray[np.generic]) -> None:
-    with pytest.raises(SettingsError, match="uint8"):
-        open_reader(array)  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "1", "RGB"])
-def test_png_modes(mode: str, tmp_path: Path) -> None:
-    picture = Image.fromarray(paint(0, 0, 40, 30)).convert(mode)
-    picture.save(tmp_path / "picture.png")
-    expected = np.asarray(picture.convert("RGB"))
-    np.testing.assert_array_equal(read_level(open_reader(tmp_path / "picture.png"), 0), expected)
-
-
-def test_jpeg_pictures_and_their_resolution_is_no_scale(tmp_path: Path) -> None:
-    Image.fromarray(paint(0, 0, 90, 70)).save(tmp_path / "photo.jpg", dpi=(300, 300))
-    reader = open_reader(tmp_path / "photo.jpg")
-    assert reader.metadata.mpp is None
-    np.testing.assert_array_equal(read_level(reader, 0), np.asarray(Image.open(tmp_path / "photo.jpg")))
-
-
-@pytest.mark.parametrize("kind", ["striped", "planar", "grey", "white-is-zero", "palette", "lzw"])
-def test_plain_tiffs(kind: str, tmp_path: Path) -> None:
-    path = tmp_path / "picture.tif"
-    pixels = paint(0, 0, 90, 70)
-    expected = pixels
-    if kind == "striped":
-        tifffile.imwrite(path, pixels, photometric="rgb", rowsperstrip=8)
-    elif kind == "planar":
-        tifffile.imwrite(path, np.moveaxis(pixels, -1, 0), photometric="rgb", planarconfig="separate")
-    elif kind == "grey":
-        tifffile.imwrite(path, pixels[..., 0], photometric="minisblack")
-        expected = np.stack([pixels[..., 0]] * 3, axis=-1)
-    elif kind == "white-is-zero":
-        tifffile.imwrite(path, pixels[..., 0], photometric="miniswhite")
-        expected = 255 - np.stack([pixels[..., 0]] * 3, axis=-1)
-    elif kind == "palette":
-        picture = Image.fromarray(pixels).quantize(64)
-        picture.save(path)
-        expected = np.asarray(picture.convert("RGB"))
-    else:
-        Image.fromarray(pixels).save(path, compression="tiff_lzw")
-    reader = open_reader(path)
-    assert reader.name == "image"
-    np.testing.assert_array_equal(read_level(reader, 0), expected)
-
-
-def test_scale_of_plain_tiffs(tmp_path: Path) -> None:
-    pixels = paint(0, 0, 90, 70)
-    path = tmp_path / "picture.tif"
-
-    def scale(**options: object) -> tuple[tuple[float, float] | None, str | None]:
-        tifffile.imwrite(path, pixels, photometric="rgb", **options)  # type: ignore[arg-type]
-        metadata = open_reader(path).metadata
-        return metadata.mpp, metadata.mpp_source
-
-    mpp, source = scale(resolution=(20_000, 40_000), resolutionunit="CENTIMETER", metadata=None)
-    assert mpp == pytest.approx((0.5, 0.25))
-    assert source == "TIFF resolution"
-    assert scale(resolution=(50_800, 50_800), resolutionunit="INCH", metadata=None)[0] == pytest.approx((0.5, 0.5))
-    assert scale(metadata=None) == (None, None)
-    assert scale(resolution=(4, 2), resolutionunit="NONE", metadata=None) == (None, None)
-    mpp, source = scale(imagej=True, resolution=(4, 2), metadata={"unit": "um"})
-    assert mpp == pytest.approx((0.25, 0.5))
-    assert source == "ImageJ unit"
-    mpp, source = scale(ome=True, metadata={"axes": "YXS", "PhysicalSizeX": 0.3, "PhysicalSizeY": 0.4})
-    assert mpp == pytest.approx((0.3, 0.4))
-    assert source == "OME PhysicalSizeX"
-
-
-@pytest.mark.parametrize("name", ["deep.png", "deep.tif"])
-def test_sixteen_bits_are_refused_with_advice(name: str, tmp_path: Path) -> None:
-    deep = (paint(0, 0, 20, 10)[..., 0].astype(np.uint16)) << 8
-    if name.endswith("png"):
-        Image.fromarray(deep).save(tmp_path / name)
-    else:
-        tifffile.imwrite(tmp_path / name, deep)
-    with pytest.raises(SlideError, match="8 bits"):
-        open_reader(tmp_path / name)
-
-
-def test_a_picture_too_large_for_memory_is_refused_unread(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
-) -> None:
-    Image.fromarray(paint(0, 0, 90, 70)).save(tmp_path / "picture.png")
-    monkeypatch.setattr("wsi_engine.readers.image.MAX_PIXELS", 6000)
-    with pytest.raises(SlideError, match="pyramidal TIFF"):
-        open_reader(tmp_path / "picture.png")
-    monkeypatch.undo()
-    monkeypatch.setattr("PIL.Image.MAX_IMAGE_PIXELS", 100)  # Pillow's own guard would warn or refuse here
-    assert open_reader(tmp_path / "picture.png").levels[0].width == 90
-    assert not recwarn.list
-
-
-# ---- real slides ----
-
-
-def open_real(shared_data: Path, name: str, reader: str = "auto") -> Reader:
-    return open_reader(shared_data / "slides" / name, reader)
-
-
-@pytest.mark.parametrize("name", PYRAMID)
-def test_real_aperio_slide(name: str, shared_data: Path) -> None:
-    reader = open_real(shared_data, "CMU-1-Small-Region.svs", name)
-    assert (reader.levels[0].width, reader.levels[0].height) == (2220, 2967)
-    assert reader.metadata.mpp == (0.499, 0.499)
-    assert reader.metadata.objective == 20
-    truth = read_level(open_real(shared_data, "CMU-1-Small-Region.svs", "openslide"), 0)
-    assert np.abs(read_level(reader, 0).astype(int) - truth).max() <= 2
-
-
-def test_real_openslide_pixels_are_openslides(shared_data: Path) -> None:
-    openslide = pytest.importorskip("openslide")
-    path = shared_data / "slides" / "CMU-1-Small-Region.svs"
-    with openslide.OpenSlide(path) as slide:
-        region = slide.read_region((2100, 2900), 0, (200, 100))
-    expected = Image.alpha_composite(Image.new("RGBA", region.size, "white"), region).convert("RGB")
-    np.testing.assert_array_equal(open_reader(path, "openslide").read(0, 2100, 2900, 200, 100), np.asarray(expected))
-
-
-@pytest.mark.parametrize(
-    ("name", "levels", "mpp", "vendor"),
-    [
-        ("TCGA-CR-7395-jpeg2000-no-mpp.svs", [(4443, 3567), (2221, 1783)], None, "aperio"),
-        ("camelyon-overview.dcm", [(1152, 700)], 28.97, "dicom"),
-        ("fluorescence-DAPI.ndpi", [(3968, 4864), (1984, 2432)], 0.228, "hamamatsu"),
-    ],
-)
-def test_real_slides_of_other_scanners(
-    name: str, levels: list[tuple[int, int]], mpp: float | None, vendor: str, shared_data: Path
-) -> None:
-    reader = open_real(shared_data, name)
-    assert reader.name == "openslide"
-    assert reader.metadata.vendor == vendor
-    assert [(level.width, level.height) for level in reader.levels][: len(levels)] == levels
-    assert (reader.metadata.mpp is None) if mpp is None else reader.metadata.mpp[0] == pytest.approx(mpp, rel=0.01)  # type: ignore[index]
-    image = read_level(reader, len(reader.levels) - 1)
-    assert image.std() > 5
-
-
-def test_real_jpeg2000_slide_reads_alike(shared_data: Path) -> None:
-    name = "TCGA-CR-7395-jpeg2000-no-mpp.svs"
-    openslide, tiffslide = open_real(shared_data, name, "openslide"), open_real(shared_data, name, "tiffslide")
-    base = [reader.read(0, 600, 500, 700, 600).astype(int) for reader in (openslide, tiffslide)]
-    assert np.abs(base[0] - base[1]).max() <= 2
-    # The sizes of level 1 are rounded, 2221 for 4443: OpenSlide shifts it by up to a quarter of a pixel.
-    coarse = [reader.read(1, 600, 500, 700, 600).astype(int) for reader in (openslide, tiffslide)]
-    assert np.abs(coarse[0] - coarse[1]).mean() < 4
-
-
-def test_real_tiff_region(shared_data: Path) -> None:
-    reader = open_real(shared_data, "HE-region-no-mpp.tif")
-    assert (reader.levels[0].width, reader.levels[0].height) == (1380, 1484)
-    other = open_real(shared_data, "HE-region-no-mpp.tif", "tiffslide")
-    assert np.abs(read_level(reader, 0).astype(int) - read_level(other, 0)).max() <= 2
-
-
-def test_real_broken_slide(shared_data: Path) -> None:
-    def open_and_read() -> None:
-        read_level(open_real(shared_data, "unreadable.svs"), 0)
-
-    check: Callable[[], None] = open_and_read
-    with pytest.raises(SlideError) as caught:
-        check()
-    assert "unreadable.svs" in str(caught.value)
-    assert "\n" not in str(caught.value)

@@ -103,7 +103,8 @@ def read_index(path: Path) -> TiffIndex:
     except OSError as error:
         raise SlideError(f"cannot read {path}: {error.strerror or error}") from error
     except Exception as error:  # a damaged file can make the parser raise anything
-        raise SlideError(f"cannot read {path}: it is not a sound TIFF ({error})") from error
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise SlideError(f"cannot read {path}: it is not a sound TIFF ({reason})") from error
 
 
 def _open_tiff(path: Path) -> tifffile.TiffFile:
@@ -245,7 +246,7 @@ def _colour(page: tifffile.TiffPage, where: str) -> Colour:
         name = _COMPRESSIONS.get(int(page.compression), f"compression {int(page.compression)}")
         raise _Refusal(f"is {name} at {where}, not JPEG")
     if page.bitspersample != 8 or page.sampleformat != 1:
-        raise _Refusal(f"has samples of {page.bitspersample} bits at {where}, not 8")
+        raise _Refusal(f"has samples other than unsigned 8-bit at {where}")
     if page.samplesperpixel > 1 and page.planarconfig != 1:
         raise _Refusal(f"keeps its colours in separate planes at {where}")
     if page.imagedepth > 1 or page.tiledepth > 1:
