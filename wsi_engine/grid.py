@@ -189,8 +189,9 @@ def tissue_settings(choice: TissueChoice) -> TissueSettings | None:
 def _starts(extent: int, size: float, step: float) -> NDArray[np.int64]:
     """Level-0 starts along one axis, of the fewest tiles that leave out no pixel (with strides up to a tile)."""
     count = max(0, math.ceil((extent - size) / step - 1e-9)) + 1
-    starts = np.rint(np.arange(count) * step).astype(np.int64)
-    return starts[starts < extent]
+    starts: NDArray[np.int64] = np.rint(np.arange(count) * step).astype(np.int64)
+    kept: NDArray[np.int64] = starts[starts < extent]
+    return kept
 
 
 def _coverage(

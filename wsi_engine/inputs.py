@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from wsi_engine.errors import InputError
-from wsi_engine.readers.base import is_url
+from wsi_engine.readers.base import is_url, local_path
 from wsi_engine.slide import slide_name
 
 SLIDE_SUFFIXES = frozenset(
@@ -61,7 +61,7 @@ def find_slides(inputs: Iterable[str | os.PathLike[str]], mpp: float | None = No
     """
     sources: list[SlideSource] = []
     for item in inputs:
-        path = os.fspath(item)
+        path = local_path(os.fspath(item))
         if not is_url(path) and path.lower().endswith(".csv"):
             sources += _read_csv(Path(path), mpp)
         elif not is_url(path) and os.path.isdir(path):

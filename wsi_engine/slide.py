@@ -18,7 +18,7 @@ from wsi_engine.clock import StageClock
 from wsi_engine.errors import ScaleError, SettingsError
 from wsi_engine.fingerprint import fingerprint_source
 from wsi_engine.readers import open_reader
-from wsi_engine.readers.base import Level, Metadata, Reader, RGBImage, is_url
+from wsi_engine.readers.base import Level, Metadata, Reader, RGBImage, is_url, local_path
 from wsi_engine.sampling import Sampling, choose_sampling
 from wsi_engine.workers import usable_cores
 
@@ -54,6 +54,8 @@ def open_slide(
     """
     override = None if mpp is None else _as_pair(mpp)
     clock = StageClock()
+    if not isinstance(source, np.ndarray):
+        source = local_path(os.fspath(source))
     return Slide(source, open_reader(source, reader, clock), override, clock)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
@@ -130,11 +131,12 @@ def find_tissue(overview: RGBImage, mpp: float, settings: TissueSettings | None 
     mask = saturation > threshold
     counts = [FilterCount("saturation", mask.size, int(mask.sum()), 1, _count_regions(mask))]
     px_per_mm2 = 1e6 / mpp**2
-    for name, apply in (
+    filters: tuple[tuple[str, Callable[[NDArray[np.bool_]], NDArray[np.bool_]]], ...] = (
         ("closing", lambda m: _close_square(m, settings.close_px)),
         ("small tissue", lambda m: _drop_small(m, settings.min_tissue_mm2 * px_per_mm2)),
         ("small holes", lambda m: _fill_holes(m, settings.min_hole_mm2 * px_per_mm2, settings.max_holes)),
-    ):
+    )
+    for name, apply in filters:
         after = apply(mask)
         counts.append(
             FilterCount(name, int(mask.sum()), int(after.sum()), counts[-1].regions_after, _count_regions(after))

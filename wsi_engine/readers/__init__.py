@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from stat import S_ISDIR, S_ISREG
 from typing import TypeAlias, cast
-from urllib.parse import urlsplit
-from urllib.request import url2pathname
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +16,7 @@ from numpy.typing import NDArray
 from wsi_engine.clock import StageClock
 from wsi_engine.errors import SettingsError, SlideError
 from wsi_engine.readers import magic
-from wsi_engine.readers.base import DamagedError, Reader
+from wsi_engine.readers.base import DamagedError, Reader, is_url, local_path
 
 __all__ = ["READERS", "is_url", "open_reader"]
 
@@ -40,11 +37,6 @@ _SLIDE_SUFFIXES = {".svs", ".tif", ".tiff", ".ndpi", ".scn", ".bif", ".dcm", ".s
 
 # tifffile logs what it forgives in broken files; without a handler that would be printed beside our own sentence.
 logging.getLogger("tifffile").addHandler(logging.NullHandler())
-
-
-def is_url(source: str) -> bool:
-    """Whether a source is to be fetched (``s3://…``, ``https://…``) rather than read from a local path."""
-    return re.match(r"[A-Za-z][A-Za-z0-9+.:-]*://", source) is not None and not source.lower().startswith("file://")
 
 
 def open_reader(source: Source, reader: str = "auto", clock: StageClock | None = None) -> Reader:
@@ -76,8 +68,7 @@ def open_reader(source: Source, reader: str = "auto", clock: StageClock | None =
         if reader not in {"auto", "tiffslide"}:
             raise SettingsError(f"reader {reader} reads local files only; use tiffslide or auto for {path}")
         return _build("tiffslide", path, clock)
-    if path.lower().startswith("file://"):
-        path = url2pathname(urlsplit(path).path)
+    path = local_path(path)
     head = _read_head(path)
     if head.startswith(magic.TIFF):
         from wsi_engine.readers.tables import check_tables  # noqa: PLC0415 - needs tifffile

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Protocol, TypeAlias
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 import numpy as np
 from numpy.typing import NDArray
@@ -115,5 +118,10 @@ def level_downsample(base: tuple[int, int], size: tuple[int, int]) -> float:
 
 
 def is_url(source: str) -> bool:
-    """Whether a slide's address is a URL (``s3://…``, ``https://…``) rather than a path."""
-    return "://" in source
+    """Whether a source is to be fetched (``s3://…``, ``https://…``) rather than read from a local path."""
+    return re.match(r"[A-Za-z][A-Za-z0-9+.:-]*://", source) is not None and not source.lower().startswith("file://")
+
+
+def local_path(source: str) -> str:
+    """The path that a ``file://`` URL stands for; any other source as it is."""
+    return url2pathname(urlsplit(source).path) if source.lower().startswith("file://") else source
