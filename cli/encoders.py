@@ -19,19 +19,15 @@ def encoders(as_json: Annotated[bool, typer.Option("--json", help="Print one JSO
         console.print_json([card.to_json() for card in cards])
         return
     table = Table(box=None, padding=(0, 2, 0, 0))
-    for heading in ("name", "features", "input px", "mpp", "pooling", "weights", "licence"):
-        table.add_column(heading, justify="right" if heading in ("features", "input px", "mpp") else "left")
+    table.add_column("name", no_wrap=True)
+    for heading in ("features", "px", "mpp"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("weights", no_wrap=True)
+    table.add_column("licence")
     for card in cards:
-        weights = "none needed" if card.builder == "texture" else "gated" if card.gated else "open"
-        table.add_row(
-            card.name,
-            str(card.dim),
-            str(card.input_px or "any"),
-            f"{card.mpp:g}" if card.mpp else "-",
-            card.pooling,
-            weights,
-            card.licence,
-        )
+        weights = "built in" if card.builder == "texture" else "gated" if card.gated else "open"
+        mpp = f"{card.mpp:g}" if card.mpp else "-"
+        table.add_row(card.name, str(card.dim), str(card.input_px or "any"), mpp, weights, card.licence)
     console.out.print(table)
     console.out.print(
         "\nAny other timm model: --encoder timm:NAME. No network: --weights FILE, or --weights random:0 to try."

@@ -6,6 +6,7 @@ JPEG with 8-bit samples. Everything else is refused by name, so that a more gene
 
 from __future__ import annotations
 
+import itertools
 import logging
 import struct
 import threading
@@ -125,6 +126,9 @@ def _index(tiff: tifffile.TiffFile, size: int) -> TiffIndex:
     levels = tuple(_level(page, number, first, size) for number, page in enumerate(chosen))
     if not levels[0].counts.any():
         raise _Damage("holds no tile data at level 0")
+    if first.is_svs:
+        for finer, coarser in itertools.pairwise(levels):
+            _spread_gaps(finer, coarser)
     return TiffIndex(levels, read_metadata(first))
 
 
@@ -181,7 +185,7 @@ def _coarser(first: tifffile.TiffPage, others: list[tifffile.TiffPage]) -> list[
     if aperio and not all(_fits(first, page) for page in candidates):
         raise _Refusal("has a tiled image of another shape than level 0")
     chosen = sorted((page for page in candidates if _fits(first, page)), key=_size, reverse=True)
-    for finer, coarser in zip([first, *chosen], chosen, strict=False):
+    for finer, coarser in itertools.pairwise([first, *chosen]):
         if _size(coarser) == _size(finer):
             raise _Refusal("has two levels of the same size")
     return chosen
@@ -239,6 +243,19 @@ def _level(page: tifffile.TiffPage, number: int, first: tifffile.TiffPage, size:
         counts=counts,
         headers=TileHeaders(tables, colour, tile_width, tile_height),
     )
+
+
+def _spread_gaps(finer: TiledLevel, coarser: TiledLevel) -> None:
+    """Mark the tiles of ``coarser`` that lie below a missing tile of ``finer`` as missing too.
+
+    Where an Aperio file lacks a tile, what its lower levels show there is not to be trusted; OpenSlide makes
+    those tiles again from the finer level, found by the rounded ratio of the numbers of tiles, and so do we.
+    """
+    rows, columns = np.divmod(np.flatnonzero(finer.counts == 0), finer.across)
+    rows //= max(1, round(finer.down / coarser.down))
+    columns //= max(1, round(finer.across / coarser.across))
+    inside = (rows < coarser.down) & (columns < coarser.across)
+    coarser.counts[rows[inside] * coarser.across + columns[inside]] = 0
 
 
 def _colour(page: tifffile.TiffPage, where: str) -> Colour:
