@@ -141,7 +141,8 @@ def measure_cooccurrence(counts: NDArray[np.int64]) -> NDArray[np.float64]:
         total[3] += math.sqrt(squares)
         total[4] += covariance / variance if variance > 1e-12 else 1.0
         total[5] += entropy
-    return total / counts.shape[0]
+    total /= counts.shape[0]
+    return total
 
 
 @compiled
@@ -163,21 +164,23 @@ def measure_edges(grey: NDArray[np.uint8]) -> NDArray[np.float64]:
     scale = 1.0 / (4.0 * 255.0 * math.sqrt(2.0))  # Sobel weights sum to 4 a side
     threshold = (EDGE_THRESHOLD / scale) ** 2
     magnitude = 0.0
-    xx, yy, xy, laplace, laplace_squares, above = 0, 0, 0, 0, 0, 0
+    xx = yy = xy = laplace = laplace_squares = np.int64(0)
+    above = 0
     for y in range(1, height - 1):
         up, here, down = grey[y - 1], grey[y], grey[y + 1]
         for x in range(1, width - 1):
-            nw, n, ne = np.int32(up[x - 1]), np.int32(up[x]), np.int32(up[x + 1])
-            w, e = np.int32(here[x - 1]), np.int32(here[x + 1])
-            sw, s, se = np.int32(down[x - 1]), np.int32(down[x]), np.int32(down[x + 1])
+            nw, n, ne = np.int64(up[x - 1]), np.int64(up[x]), np.int64(up[x + 1])
+            w, e = np.int64(here[x - 1]), np.int64(here[x + 1])
+            sw, s, se = np.int64(down[x - 1]), np.int64(down[x]), np.int64(down[x + 1])
             gx, gy = (ne + 2 * e + se) - (nw + 2 * w + sw), (sw + 2 * s + se) - (nw + 2 * n + ne)
             squares = gx * gx + gy * gy
             magnitude += math.sqrt(squares)
-            above += squares > threshold
+            if squares > threshold:
+                above += 1
             xx += gx * gx
             yy += gy * gy
             xy += gx * gy
-            curve = n + s + w + e - 4 * np.int32(here[x])
+            curve = n + s + w + e - 4 * np.int64(here[x])
             laplace += curve
             laplace_squares += curve * curve
     out = np.zeros(5)

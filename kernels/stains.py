@@ -32,7 +32,8 @@ def complete_stains(first: tuple[float, float, float], second: tuple[float, floa
         float64 (3, 3), a row per stain.
     """
     rows = np.array([first, second, np.cross(first, second)], dtype=np.float64)
-    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    return rows
 
 
 HE_RESIDUAL: NDArray[np.float64] = complete_stains(HAEMATOXYLIN, EOSIN)

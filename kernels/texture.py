@@ -101,7 +101,7 @@ def _measure_colour(
     pixels = tile.shape[0] * tile.shape[1]
     bins = np.zeros(16, np.int64)
     sums, squares = np.zeros(3, np.int64), np.zeros(3, np.int64)
-    values, white, tissue, dark = 0, 0, 0, 0
+    values = white = tissue = dark = np.int64(0)
     saturation = saturation_squares = cosine = sine = 0.0
     root3 = math.sqrt(3.0)
     for y in range(tile.shape[0]):

@@ -6,7 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 from numpy.typing import NDArray
+from PIL import Image
+from support import HEIGHT, WIDTH, Files, paint
+
+from wsi_engine.tiffwriter import TiffLayout, write_pyramid
 
 
 @pytest.fixture(scope="session")
@@ -29,3 +34,24 @@ def tissue_image() -> NDArray[np.uint8]:
     glass = np.clip(244 + rng.integers(-2, 3, (1200, 1600, 1)) + np.zeros(3, int), 0, 255)
     image: NDArray[np.uint8] = np.where(inside[..., None], pink, glass).astype(np.uint8)
     return image
+
+
+@pytest.fixture
+def picture(tmp_path: Path, tissue_image: NDArray[np.uint8]) -> Path:
+    """``tissue_image`` as the only PNG in a folder of its own."""
+    path = tmp_path / "slides" / "picture.png"
+    path.parent.mkdir()
+    Image.fromarray(tissue_image).save(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
+    """A generated JPEG slide of three levels at 0.2527 µm per pixel, and its level 0 as PNG."""
+    folder = tmp_path_factory.mktemp("slides")
+    slide = folder / "slide.svs"
+    layout = TiffLayout(tile_px=128, levels=3, quality=90)
+    write_pyramid(slide, WIDTH, HEIGHT, paint, mpp=0.2527, layout=layout)
+    with tifffile.TiffFile(slide) as tiff:
+        Image.fromarray(tiff.pages.first.asarray()).save(folder / "picture.png")
+    return Files(slide, folder / "picture.png")

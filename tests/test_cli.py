@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 from typer.testing import CliRunner, Result
 
 from wsi_engine import FeatureStore
@@ -22,14 +21,6 @@ def wsi(*arguments: object) -> Result:
     if result.exception and not isinstance(result.exception, SystemExit):
         raise result.exception
     return result
-
-
-@pytest.fixture
-def picture(tmp_path: Path, tissue_image: np.ndarray) -> Path:
-    path = tmp_path / "slides" / "picture.png"
-    path.parent.mkdir()
-    Image.fromarray(tissue_image).save(path)
-    return path
 
 
 def test_help_names_every_command() -> None:

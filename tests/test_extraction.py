@@ -36,14 +36,6 @@ class MeanEncoder:
         return np.concatenate([values.mean(axis=1), values.std(axis=1)], axis=1)
 
 
-@pytest.fixture
-def picture(tmp_path: Path, tissue_image: np.ndarray) -> Path:
-    path = tmp_path / "slides" / "picture.png"
-    path.parent.mkdir()
-    Image.fromarray(tissue_image).save(path)
-    return path
-
-
 def options(**changes: object) -> dict[str, object]:
     return {"slide_mpp": 0.5, "tile_px": 64, "batch_size": 16, "dtype": "float32", **changes}
 

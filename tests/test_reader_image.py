@@ -9,28 +9,10 @@ import pytest
 import tifffile
 from numpy.typing import NDArray
 from PIL import Image
+from support import paint, read_level
 
 from wsi_engine.errors import SettingsError, SlideError
 from wsi_engine.readers import open_reader
-from wsi_engine.readers.base import Reader
-
-Pixels = NDArray[np.uint8]
-
-WIDTH, HEIGHT = 1100, 700
-
-
-def paint(x: int, y: int, width: int, height: int) -> Pixels:
-    """A picture that has no two equal places, no symmetry, and three different channels."""
-    rows, columns = np.mgrid[y : y + height, x : x + width].astype(np.float64)
-    red = 130 + 90 * np.sin(columns / 37) * np.cos(rows / 53)
-    green = 255 * (columns + 1) / (WIDTH + 1)
-    blue = 255 * (rows + 1) / (HEIGHT + 1)
-    return np.stack([red, green, blue], axis=-1).astype(np.uint8)
-
-
-def read_level(reader: Reader, level: int) -> Pixels:
-    size = reader.levels[level]
-    return reader.read(level, 0, 0, size.width, size.height)
 
 
 def test_grey_and_transparent_arrays() -> None:

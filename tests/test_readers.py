@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tifffile
-from numpy.typing import NDArray
-from PIL import Image
+from support import HEIGHT, WIDTH, Files, Pixels, paint, read_level
 
 from wsi_engine.clock import StageClock
 from wsi_engine.errors import SettingsError, SlideError
@@ -20,38 +18,7 @@ from wsi_engine.readers.base import Reader
 from wsi_engine.readers.openslide import BLOCK
 from wsi_engine.tiffwriter import TiffLayout, write_pyramid
 
-Pixels = NDArray[np.uint8]
-
-WIDTH, HEIGHT = 1100, 700
 PYRAMID = [name for name in READERS if name != "image"]
-
-
-def paint(x: int, y: int, width: int, height: int) -> Pixels:
-    """A picture that has no two equal places, no symmetry, and three different channels."""
-    rows, columns = np.mgrid[y : y + height, x : x + width].astype(np.float64)
-    red = 130 + 90 * np.sin(columns / 37) * np.cos(rows / 53)
-    green = 255 * (columns + 1) / (WIDTH + 1)
-    blue = 255 * (rows + 1) / (HEIGHT + 1)
-    return np.stack([red, green, blue], axis=-1).astype(np.uint8)
-
-
-@dataclass(frozen=True)
-class Files:
-    """The generated slide, and level 0 of it as a picture without loss."""
-
-    slide: Path
-    picture: Path
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
-    folder = tmp_path_factory.mktemp("slides")
-    slide = folder / "slide.svs"
-    layout = TiffLayout(tile_px=128, levels=3, quality=90)
-    write_pyramid(slide, WIDTH, HEIGHT, paint, mpp=0.2527, layout=layout)
-    with tifffile.TiffFile(slide) as tiff:
-        Image.fromarray(tiff.pages.first.asarray()).save(folder / "picture.png")
-    return Files(slide, folder / "picture.png")
 
 
 @pytest.fixture(params=READERS)
@@ -60,11 +27,6 @@ def reader(request: pytest.FixtureRequest, files: Files) -> Iterator[Reader]:
     opened = open_reader(source, request.param, StageClock())
     yield opened
     opened.close()
-
-
-def read_level(reader: Reader, level: int) -> Pixels:
-    size = reader.levels[level]
-    return reader.read(level, 0, 0, size.width, size.height)
 
 
 def cut(whole: Pixels, x: int, y: int, width: int, height: int) -> Pixels:
