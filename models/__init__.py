@@ -1,0 +1,1 @@
+"""Networks: torch and timm only, no slides and no stores."""
