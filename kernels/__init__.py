@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from wsi_engine.kernels.filters import median_blur, rgb_saturation, summed_area
     from wsi_engine.kernels.otsu import otsu_threshold
     from wsi_engine.kernels.resample import resample_area
+    from wsi_engine.kernels.stains import unmix_stains
 
 _HOMES = {
     "median_blur": "filters",
@@ -16,9 +17,10 @@ _HOMES = {
     "resample_area": "resample",
     "rgb_saturation": "filters",
     "summed_area": "filters",
+    "unmix_stains": "stains",
 }
 
-__all__ = ["median_blur", "otsu_threshold", "resample_area", "rgb_saturation", "summed_area"]
+__all__ = ["median_blur", "otsu_threshold", "resample_area", "rgb_saturation", "summed_area", "unmix_stains"]
 
 
 def __getattr__(name: str) -> Any:

@@ -43,9 +43,9 @@ def rgb_saturation(rgb: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """
     rgb = np.asarray(rgb)
     if rgb.dtype != np.uint8:
-        raise TypeError(f"rgb_saturation takes uint8 pixels, not {rgb.dtype}.")
+        raise TypeError(f"rgb_saturation takes uint8 pixels, not {rgb.dtype}")
     if rgb.ndim != 3 or rgb.shape[2] != 3:
-        raise ValueError(f"rgb_saturation takes an array of shape (H, W, 3), not {rgb.shape}.")
+        raise ValueError(f"rgb_saturation takes an array of shape (H, W, 3), not {rgb.shape}")
     out = np.empty(rgb.shape[:2], np.uint8)
     _saturation_loop(np.ascontiguousarray(rgb), out)
     return out
@@ -106,11 +106,11 @@ def median_blur(image: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
     """
     image = np.asarray(image)
     if image.dtype != np.uint8:
-        raise TypeError(f"median_blur takes a uint8 image, not {image.dtype}.")
+        raise TypeError(f"median_blur takes a uint8 image, not {image.dtype}")
     if image.ndim != 2:
-        raise ValueError(f"median_blur takes an array of shape (H, W), not {image.shape}.")
+        raise ValueError(f"median_blur takes an array of shape (H, W), not {image.shape}")
     if size < 1 or size % 2 == 0:
-        raise ValueError(f"median_blur needs an odd window size of at least 1, not {size}.")
+        raise ValueError(f"median_blur needs an odd window size of at least 1, not {size}")
     if size == 1 or image.size == 0:
         return image.copy()
     out = np.empty(image.shape, np.uint8)
@@ -147,9 +147,9 @@ def summed_area(mask: NDArray[Any]) -> NDArray[np.int64]:
     """
     mask = np.asarray(mask)
     if mask.dtype not in (np.bool_, np.uint8):
-        raise TypeError(f"summed_area takes a bool or uint8 mask, not {mask.dtype}.")
+        raise TypeError(f"summed_area takes a bool or uint8 mask, not {mask.dtype}")
     if mask.ndim != 2:
-        raise ValueError(f"summed_area takes an array of shape (H, W), not {mask.shape}.")
+        raise ValueError(f"summed_area takes an array of shape (H, W), not {mask.shape}")
     out = np.zeros((mask.shape[0] + 1, mask.shape[1] + 1), np.int64)
     _summed_area_loop(np.ascontiguousarray(mask), out)
     return out

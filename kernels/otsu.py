@@ -104,17 +104,17 @@ def otsu_threshold(values: NDArray[Any], bins: int = 256) -> float:
     """
     values = np.asarray(values)
     if values.dtype not in (np.uint8, np.float32, np.float64):
-        raise TypeError(f"otsu_threshold takes uint8, float32 or float64 values, not {values.dtype}.")
+        raise TypeError(f"otsu_threshold takes uint8, float32 or float64 values, not {values.dtype}")
     if values.size == 0:
-        raise ValueError("otsu_threshold needs at least one value, and the array is empty.")
+        raise ValueError("otsu_threshold needs at least one value, and the array is empty")
     flat = np.ascontiguousarray(values).reshape(-1)
     if flat.dtype == np.uint8:
         return float(best_split_of_bytes(count_bytes(flat)))
     if bins < 2:
-        raise ValueError(f"otsu_threshold needs at least 2 bins, not {bins}.")
+        raise ValueError(f"otsu_threshold needs at least 2 bins, not {bins}")
     low, high = flat.min(), flat.max()
     if not (np.isfinite(low) and np.isfinite(high)):
-        raise ValueError("otsu_threshold needs finite values, and the array holds NaN or infinity.")
+        raise ValueError("otsu_threshold needs finite values, and the array holds NaN or infinity")
     edges = np.linspace(low, high, bins + 1, dtype=flat.dtype)
     if low == high or edges[0] == edges[1]:
         return float(low)

@@ -180,13 +180,16 @@ def stain_ground(x: float, y: float, field: NDArray[np.float32], seed: int) -> t
     """Haematoxylin and eosin of stroma or tumour cytoplasm at a point, from its values of the six fields."""
     fine, grain = noise(x, y, 2.4, seed + 30), noise(x, y, 0.9, seed + 31)
     strand = np.sin(field[FIBRE])
-    gap = ramp((-strand + 1.1 * field[GAP] - 0.95) / 0.7)
-    eosin = 0.50 + 0.10 * field[TINT] + 0.13 * strand + 0.07 * fine + 0.04 * grain
+    thread = np.sin(3.1 * field[FIBRE] + 1.5 * fine)
+    gap = ramp((-strand + 1.1 * field[GAP] - 1.05) / 0.6)
+    eosin = 0.50 + 0.10 * field[TINT] + 0.12 * strand + 0.05 * thread + 0.06 * fine + 0.04 * grain
     eosin *= 1.0 - 0.82 * gap
     haematoxylin = (0.075 + 0.02 * fine) * (1.0 - 0.8 * gap)
     nest = ramp(min(field[TUMOUR], field[NEST]) / 5.0)
-    haematoxylin += nest * (0.24 + 0.05 * field[TINT] + 0.05 * fine + 0.04 * grain - haematoxylin)
-    eosin += nest * (0.43 + 0.06 * field[TINT] + 0.07 * fine + 0.04 * grain - eosin)
+    if nest > 0.0:
+        cloud, pale = noise(x, y, 7.0, seed + 33), ramp((noise(x, y, 11.0, seed + 34) - 0.55) / 0.5)
+        haematoxylin += nest * (0.24 + 0.05 * field[TINT] + 0.07 * cloud + 0.05 * fine - 0.1 * pale - haematoxylin)
+        eosin += nest * (0.41 + 0.06 * field[TINT] + 0.08 * cloud + 0.06 * fine + 0.04 * grain - 0.2 * pale - eosin)
     return haematoxylin, eosin
 
 
@@ -198,7 +201,7 @@ def stain_nucleus(x: float, y: float, depth: float, nucleus: NDArray[np.float64]
     dark = nucleus[DARKNESS] * (1.0 + nucleus[TEXTURE] * clumps + 0.22 * ramp(0.6 - depth))
     if nucleus[KIND] == TUMOUR_CELL:
         dark += 0.55 * ramp((noise(x, y, 2.6, salt + 2) - 0.62) / 0.2) * ramp(depth - 1.5)
-    return dark
+    return float(dark)
 
 
 @compiled

@@ -24,7 +24,7 @@ EPITHELIAL, LYMPHOCYTE, FIBROBLAST, TUMOUR_CELL = range(4)
 
 GLAND_PITCH = 132.0
 GLAND_SLOTS = 64
-CELL_PITCH = 8.0
+CELL_PITCH = 7.5
 REACH = 11.0
 """No nucleus reaches further from its centre."""
 
@@ -41,7 +41,7 @@ def hash_unit(i: int, j: int, seed: int) -> float:
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     z ^= z >> np.uint64(31)
-    return float(z >> np.uint64(40)) * (1.0 / 16777216.0)
+    return float(z >> np.uint64(40)) / 16777216.0
 
 
 @compiled
@@ -53,7 +53,7 @@ def noise(x: float, y: float, scale: float, seed: int) -> float:
     fx, fy = fx * fx * (3.0 - 2.0 * fx), fy * fy * (3.0 - 2.0 * fy)
     top = hash_unit(i, j, seed) * (1.0 - fx) + hash_unit(i + 1, j, seed) * fx
     bottom = hash_unit(i, j + 1, seed) * (1.0 - fx) + hash_unit(i + 1, j + 1, seed) * fx
-    return 2.0 * (top * (1.0 - fy) + bottom * fy) - 1.0
+    return float(2.0 * (top * (1.0 - fy) + bottom * fy) - 1.0)
 
 
 @compiled
@@ -65,13 +65,13 @@ def depth_inside(outline: NDArray[np.float64], x: float, y: float) -> float:
     rho = np.sqrt(u * u + v * v)
     least = min(outline[2], outline[3])
     if rho < 1e-9:
-        return least
+        return float(least)
     c1, s1 = u / rho, v / rho
     c2, s2 = c1 * c1 - s1 * s1, 2.0 * c1 * s1
     c3, s3 = c2 * c1 - s2 * s1, s2 * c1 + c2 * s1
     c4, s4 = c2 * c2 - s2 * s2, 2.0 * c2 * s2
     edge = 1.0 + outline[6] * c2 + outline[7] * s2 + outline[8] * c3 + outline[9] * s3 + outline[10] * c4
-    return (1.0 - rho / (edge + outline[11] * s4)) * least
+    return float((1.0 - rho / (edge + outline[11] * s4)) * least)
 
 
 @compiled
@@ -82,7 +82,8 @@ def tissue_depth(x: float, y: float, pieces: NDArray[np.float64], seed: int) -> 
         size = min(pieces[k, 2], pieces[k, 3])
         coarse = 0.12 * size * noise(x, y, 0.45 * size + 1.0, seed + 1)
         best = max(best, depth_inside(pieces[k], x, y) + coarse)
-    return best + 14.0 * noise(x, y, 70.0, seed + 2) + 4.0 * noise(x, y, 17.0, seed + 3)
+    ragged = 30.0 * noise(x, y, 190.0, seed + 16) + 13.0 * noise(x, y, 62.0, seed + 2)
+    return best + ragged + 5.0 * noise(x, y, 16.0, seed + 3)
 
 
 @compiled
@@ -150,9 +151,9 @@ def find_gland(
     crowd = 0.5 + 0.5 * noise(i * 1.0, j * 1.0, 3.7, salt)
     if hash_unit(i, j, salt + 1) > frequency * (0.45 + 0.9 * crowd):
         return False
-    radius = 28.0 + 24.0 * np.sqrt(hash_unit(i, j, salt + 2))
+    radius = 25.0 + 26.0 * hash_unit(i, j, salt + 2) ** 1.6
     free = GLAND_PITCH / 2 - 1.12 * radius - 4.0
-    shift = 0.5 * GLAND_PITCH if j % 2 else 0.0
+    shift = GLAND_PITCH * hash_unit(j, 0, salt + 15)
     gland[0] = i * GLAND_PITCH + shift + GLAND_PITCH / 2 + free * (2.0 * hash_unit(i, j, salt + 3) - 1.0)
     gland[1] = j * GLAND_PITCH + GLAND_PITCH / 2 + free * (2.0 * hash_unit(i, j, salt + 4) - 1.0)
     if tissue_depth(gland[0], gland[1], pieces, seed) < radius + 8.0:
@@ -240,10 +241,10 @@ def fill_nucleus(row: NDArray[np.float64], kind: int, i: int, j: int, seed: int)
         row[3] = row[2] * (0.66 + 0.3 * oval)
         row[DARKNESS] += 0.5 * hash_unit(i, j, salt + 4) - 0.3
         row[TEXTURE] = 0.38
-        wobble = 0.075
+        wobble = 0.08
     row[4], row[5] = np.cos(turn), np.sin(turn)
     for m in range(6):
-        row[6 + m] = wobble * (2.0 * hash_unit(i, j, salt + 5 + m) - 1.0)
+        row[6 + m] = wobble * (2.0 * hash_unit(i, j, salt + 5 + m) - 1.0) * (0.5 if m > 3 else 1.0)
 
 
 @compiled
@@ -263,6 +264,6 @@ def thin_out(nuclei: NDArray[np.float64], rank: NDArray[np.float64], keep: NDArr
                 for dc in range(-2, 3):
                     if rank[r + dr, c + dc] > rank[r, c]:
                         other = nuclei[r + dr, c + dc]
-                        room = 0.46 * (one[2] + one[3] + other[2] + other[3])
+                        room = 0.43 * (one[2] + one[3] + other[2] + other[3])
                         if (one[0] - other[0]) ** 2 + (one[1] - other[1]) ** 2 < room * room:
                             keep[r, c] = False

@@ -54,9 +54,9 @@ def inverse_of_stains(vectors: NDArray[np.float64]) -> NDArray[np.float64]:
     """
     matrix = np.asarray(vectors, dtype=np.float64)
     if matrix.shape != (3, 3):
-        raise ValueError(f"stain vectors must be an array of shape (3, 3), a row per stain, not {matrix.shape}.")
+        raise ValueError(f"stain vectors must be an array of shape (3, 3), a row per stain, not {matrix.shape}")
     if not np.isfinite(matrix).all() or np.linalg.cond(matrix) > 1e6:
-        raise ValueError("stain vectors must be finite and independent of one another; these cannot be inverted.")
+        raise ValueError("stain vectors must be finite and independent of one another; these cannot be inverted")
     return np.ascontiguousarray(np.linalg.inv(matrix))
 
 
@@ -93,9 +93,9 @@ def unmix_stains(rgb: NDArray[np.uint8], vectors: NDArray[np.float64] = HE_RESID
     """
     rgb = np.asarray(rgb)
     if rgb.dtype != np.uint8:
-        raise TypeError(f"unmix_stains takes uint8 pixels, not {rgb.dtype}.")
+        raise TypeError(f"unmix_stains takes uint8 pixels, not {rgb.dtype}")
     if rgb.ndim < 1 or rgb.shape[-1] != 3:
-        raise ValueError(f"unmix_stains takes an array of shape (..., 3), not {rgb.shape}.")
+        raise ValueError(f"unmix_stains takes an array of shape (..., 3), not {rgb.shape}")
     inverse = inverse_of_stains(vectors)
     flat = np.ascontiguousarray(rgb).reshape(-1, 3)
     out = np.empty(flat.shape, np.float32)

@@ -182,12 +182,12 @@ def texture_features(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
     """
     pixels = np.asarray(pixels)
     if pixels.dtype != np.uint8:
-        raise TypeError(f"texture_features takes uint8 pixels, not {pixels.dtype}.")
+        raise TypeError(f"texture_features takes uint8 pixels, not {pixels.dtype}")
     if pixels.ndim != 4 or pixels.shape[3] != 3:
-        raise ValueError(f"texture_features takes an array of shape (B, H, W, 3), not {pixels.shape}.")
+        raise ValueError(f"texture_features takes an array of shape (B, H, W, 3), not {pixels.shape}")
     if min(pixels.shape[1:3]) < SMALLEST_TILE:
         size = f"{pixels.shape[2]} × {pixels.shape[1]}"
-        raise ValueError(f"texture_features needs tiles of at least {SMALLEST_TILE} × {SMALLEST_TILE} px, not {size}.")
+        raise ValueError(f"texture_features needs tiles of at least {SMALLEST_TILE} × {SMALLEST_TILE} px, not {size}")
     out = np.zeros((len(pixels), TEXTURE_DIM))
     for tile, row in zip(pixels, out, strict=True):
         _measure_tile(np.ascontiguousarray(tile), row)

@@ -126,7 +126,7 @@ class Pyramid:
         if pixels.shape != (height, width, 3) or pixels.dtype != np.uint8:
             raise SettingsError(
                 f"paint({x}, {y}, {width}, {height}) gave {pixels.dtype} {pixels.shape}: "
-                f"return uint8 ({height}, {width}, 3)."
+                f"return uint8 ({height}, {width}, 3)"
             )
         half = average_boxes(pixels, self._step) if self._averaged else None
         return [self.codec.encode(tile) for tile in self._cut(pixels)], half, pixels

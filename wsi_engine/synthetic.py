@@ -60,6 +60,7 @@ __all__ = [
 KINDS = ("epithelial", "lymphocyte", "fibroblast", "tumour")
 """Names of the kinds of nuclei; ``NucleusTable.kind`` counts in this order."""
 
+_JPEG = TiffLayout()
 _LATTICE_UM = 2.0
 _GLASS = (0.047, 0.05, 0.042)
 _HALO_UM = 0.5
@@ -96,7 +97,7 @@ class _Rectangle:
 
     def __post_init__(self) -> None:
         if self.width < 1 or self.height < 1:
-            raise SettingsError(f"A rectangle of {self.width} x {self.height} px holds nothing: give 1 or more.")
+            raise SettingsError(f"a rectangle of {self.width} x {self.height} px holds nothing: give 1 or more")
 
     @property
     def origin(self) -> NDArray[np.int64]:
@@ -121,7 +122,7 @@ class SlideTruth:
         """Instances: int32 (height, width), 0 outside nuclei; a nucleus has one id in every rectangle."""
         area = self._rectangle(x, y, width, height)
         nuclei = self._nuclei(area, self._glands(area))
-        depths, owners = _draw(nuclei, area, 0.0)
+        owners = _draw(nuclei, area, 0.0)[1]
         ids = np.append(nuclei[:, paint_scene.ID], 0).astype(np.int32)
         return ids[owners]
 
@@ -181,7 +182,7 @@ class SlideTruth:
         """The scene's fields at every pixel: float32 (height, width, FIELDS)."""
         step = max(1, round(_LATTICE_UM / self.spec.mpp))
         first = area.origin // step
-        last = (area.origin + [area.width - 1, area.height - 1]) // step + 1
+        last = (area.origin + np.array([area.width - 1, area.height - 1])) // step + 1
         columns, rows = last - first + 1
         lattice = np.zeros((paint_scene.FIELDS, rows, columns), np.float32)
         lattice[paint_scene.TUMOUR] = kernels.FAR
@@ -285,7 +286,7 @@ def _draw(
     return depths, owners
 
 
-def write_slide(path: str | os.PathLike[str], spec: SlideSpec, layout: TiffLayout = TiffLayout()) -> SlideTruth:
+def write_slide(path: str | os.PathLike[str], spec: SlideSpec, layout: TiffLayout = _JPEG) -> SlideTruth:
     """Draw a synthetic slide into a pyramidal TIFF and return its truth.
 
     Raises:

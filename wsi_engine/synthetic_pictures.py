@@ -15,6 +15,7 @@ from wsi_engine.tiffwriter import TiffLayout, write_pyramid
 
 _GROUND = 235
 _MARK = 30
+_JPEG = TiffLayout()
 _LOSSLESS = TiffLayout(compression="lzw")
 
 
@@ -34,7 +35,8 @@ def paint_ramp(width: int, height: int) -> Paint:
         across = np.clip((x + np.arange(w) + 0.5) / width, 0, 1)[None, :]
         down = np.clip((y + np.arange(h) + 0.5) / height, 0, 1)[:, None]
         bands = np.broadcast_arrays(across, down, (across + down) / 2)
-        return np.rint(255 * np.stack(bands, axis=-1)).astype(np.uint8)
+        values: RGBImage = np.rint(255 * np.stack(bands, axis=-1)).astype(np.uint8)
+        return values
 
     return paint
 
@@ -80,9 +82,9 @@ def write_marks(
 
     """
     if not len(positions_um):
-        raise SettingsError("A slide of marks needs at least one position.")
+        raise SettingsError("a slide of marks needs at least one position")
     if not radius_um > mpp:
-        raise SettingsError(f"Marks of {radius_um} µm are smaller than a pixel of {mpp} µm: give a larger radius.")
+        raise SettingsError(f"marks of {radius_um} µm are smaller than a pixel of {mpp} µm: give a larger radius")
     width, height = (np.ceil((np.max(positions_um, axis=0) + margin_um) / mpp)).astype(int)
     write_pyramid(path, int(width), int(height), paint_marks(mpp, positions_um, radius_um), mpp=mpp, layout=layout)
 
@@ -95,7 +97,7 @@ def paint_ihc(width: int, height: int, seed: int = 0) -> Paint:
     """
     from skimage.data import immunohistochemistry  # noqa: PLC0415
 
-    picture = immunohistochemistry()
+    picture: RGBImage = immunohistochemistry()  # type: ignore[no-untyped-call]
     columns = _walk(width, picture.shape[1], np.random.default_rng([seed, 0]))
     rows = _walk(height, picture.shape[0], np.random.default_rng([seed, 1]))
 
@@ -122,7 +124,7 @@ def write_ihc_slide(
     width: int,
     height: int,
     mpp: float = 0.25,
-    layout: TiffLayout = TiffLayout(),
+    layout: TiffLayout = _JPEG,
     seed: int = 0,
 ) -> None:
     """Write a slide of real texture: scikit-image's immunohistochemistry picture grown by :func:`paint_ihc`.

@@ -27,7 +27,7 @@ class Stains:
     def __post_init__(self) -> None:
         for name, vector in (("haematoxylin", self.haematoxylin), ("eosin", self.eosin)):
             if len(vector) != 3 or min(vector) < 0 or not 0 < math.hypot(*vector) < math.inf:
-                raise SettingsError(f"The {name} vector is {vector}: give three densities of 0 or more, not all 0.")
+                raise SettingsError(f"the {name} vector is {vector}: give three densities of 0 or more, not all 0")
 
 
 RUIFROK_JOHNSTON = Stains((0.65, 0.70, 0.29), (0.07, 0.99, 0.11))
@@ -49,7 +49,7 @@ class Ellipse:
 
     def __post_init__(self) -> None:
         if not (self.rx > 0 and self.ry > 0):
-            raise SettingsError(f"An ellipse has semi-axes {self.rx} and {self.ry}: give numbers above 0.")
+            raise SettingsError(f"an ellipse has semi-axes {self.rx} and {self.ry}: give numbers above 0")
 
 
 @dataclass(frozen=True)
@@ -91,28 +91,26 @@ class SlideSpec:
 
     def __post_init__(self) -> None:
         if self.width < 1 or self.height < 1:
-            raise SettingsError(f"The slide would be {self.width} x {self.height} px: give sizes of 1 or more.")
+            raise SettingsError(f"the slide would be {self.width} x {self.height} px: give sizes of 1 or more")
         if not (math.isfinite(self.mpp) and self.mpp > 0):
-            raise SettingsError(f"mpp is {self.mpp}: give micrometres per pixel above 0.")
+            raise SettingsError(f"mpp is {self.mpp}: give micrometres per pixel above 0")
         if not 0 <= self.seed < 2**31:
-            raise SettingsError(f"seed is {self.seed}: give a whole number from 0 to 2147483647.")
+            raise SettingsError(f"seed is {self.seed}: give a whole number from 0 to 2147483647")
         for name in ("coverage", "nuclei_density", "gland_density"):
             if not 0 <= getattr(self, name) <= 1:
-                raise SettingsError(f"{name} is {getattr(self, name)}: give a number from 0 to 1.")
+                raise SettingsError(f"{name} is {getattr(self, name)}: give a number from 0 to 1")
         for name, least in (("pieces", 1), ("tumours", 0), ("pen_marks", 0), ("blur_regions", 0), ("grain", 0)):
             if not getattr(self, name) >= least:
-                raise SettingsError(f"{name} is {getattr(self, name)}: give {least} or more.")
+                raise SettingsError(f"{name} is {getattr(self, name)}: give {least} or more")
         across, down = self.gland_cells
         cells = (self.width * self.mpp / CELL_PITCH + 1) * (self.height * self.mpp / CELL_PITCH + 1)
         if across * down * GLAND_SLOTS + cells >= 2**31:
-            raise SettingsError(
-                f"{self.width} x {self.height} px at {self.mpp} µm hold more nuclei than 32-bit labels."
-            )
+            raise SettingsError(f"{self.width} x {self.height} px at {self.mpp} µm hold more nuclei than 32-bit labels")
 
     @property
     def gland_cells(self) -> tuple[int, int]:
         """Number of places for glands along x and y."""
-        return tuple(int(side * self.mpp // GLAND_PITCH) + 1 for side in (self.width, self.height))  # type: ignore[return-value]
+        return int(self.width * self.mpp // GLAND_PITCH) + 1, int(self.height * self.mpp // GLAND_PITCH) + 1
 
 
 @dataclass(frozen=True, eq=False)

@@ -57,19 +57,19 @@ class TiffLayout:
 
     def __post_init__(self) -> None:
         if self.tile_px < 16 or self.tile_px % 16:
-            raise SettingsError(f"tile_px is {self.tile_px}: give a multiple of 16.")
+            raise SettingsError(f"tile_px is {self.tile_px}: give a multiple of 16")
         if self.compression not in _CODEC_NAMES:
-            raise SettingsError(f"compression is {self.compression!r}: give one of {', '.join(_CODEC_NAMES)}.")
+            raise SettingsError(f"compression is {self.compression!r}: give one of {', '.join(_CODEC_NAMES)}")
         if self.photometric not in {"ycbcr", "rgb"}:
-            raise SettingsError(f"photometric is {self.photometric!r}: give 'ycbcr' or 'rgb'.")
+            raise SettingsError(f"photometric is {self.photometric!r}: give 'ycbcr' or 'rgb'")
         if not 1 <= self.quality <= 100:
-            raise SettingsError(f"quality is {self.quality}: give a number from 1 to 100.")
+            raise SettingsError(f"quality is {self.quality}: give a number from 1 to 100")
         if self.levels is not None and self.levels < 1:
-            raise SettingsError(f"levels is {self.levels}: give 1 or more, or None.")
+            raise SettingsError(f"levels is {self.levels}: give 1 or more, or None")
         if self.level_step not in {2, 4, 8, 16}:
-            raise SettingsError(f"level_step is {self.level_step}: give 2, 4, 8 or 16.")
+            raise SettingsError(f"level_step is {self.level_step}: give 2, 4, 8 or 16")
         if self.pyramid not in {"flat", "subifd"}:
-            raise SettingsError(f"pyramid is {self.pyramid!r}: give 'flat' or 'subifd'.")
+            raise SettingsError(f"pyramid is {self.pyramid!r}: give 'flat' or 'subifd'")
 
     def codec(self) -> TileCodec:
         """The codec that compresses the tiles of this layout."""
@@ -94,7 +94,7 @@ class TiffLayout:
         while len(sizes) < self.levels if self.levels is not None else min(sizes[-1]) >= _SMALLEST_SIDE:
             sizes.append((sizes[-1][0] // self.level_step, sizes[-1][1] // self.level_step))
         if min(sizes[-1]) < 1:
-            raise SettingsError(f"A slide of {width} x {height} px has no {len(sizes)} levels: ask for fewer.")
+            raise SettingsError(f"a slide of {width} x {height} px has no {len(sizes)} levels: ask for fewer")
         return sizes
 
 
@@ -133,11 +133,11 @@ def write_pyramid(
     """
     path = Path(path)
     if width < 1 or height < 1:
-        raise SettingsError(f"The slide {path.name} would be {width} x {height} px: give sizes of 1 or more.")
+        raise SettingsError(f"the slide {path.name} would be {width} x {height} px: give sizes of 1 or more")
     if not (math.isfinite(mpp) and mpp > 0):
-        raise SettingsError(f"The slide {path.name} would have {mpp} µm per pixel: give a number above 0.")
+        raise SettingsError(f"the slide {path.name} would have {mpp} µm per pixel: give a number above 0")
     if workers < 1:
-        raise SettingsError(f"workers is {workers}: give 1 or more.")
+        raise SettingsError(f"workers is {workers}: give 1 or more")
     sizes = layout.level_sizes(width, height)
     texts = _descriptions(sizes, mpp, layout, description, objective)
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
@@ -155,7 +155,7 @@ def write_pyramid(
             _write_file(partial, pyramid, layout, mpp, texts)
         os.replace(partial, path)
     except OSError as error:
-        raise SlideError(f"The slide {path} cannot be written: {error.strerror or error}; check the folder.") from error
+        raise SlideError(f"the slide {path} cannot be written: {error.strerror or error}; check the folder") from error
     finally:
         partial.unlink(missing_ok=True)
 
@@ -212,7 +212,7 @@ def _limit(first: Iterator[bytes], *others: Callable[[], Iterator[bytes]], bigti
     for tile in itertools.chain(first, itertools.chain.from_iterable(source() for source in others)):
         written += len(tile)
         if written > _CLASSIC_LIMIT and not bigtiff:
-            raise SettingsError("The slide passes 4 GB, more than a classic TIFF can hold: use bigtiff=True.")
+            raise SettingsError("the slide passes 4 GB, more than a classic TIFF can hold: use bigtiff=True")
         yield tile
 
 

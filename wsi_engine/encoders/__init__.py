@@ -37,7 +37,7 @@ def create_encoder(
     """
     if name == TEXTURE:
         if weights is not None:
-            raise EncoderError(f"Encoder {name!r} computes its features and has no weights; leave `--weights` out.")
+            raise EncoderError(f"encoder {name!r} computes its features and has no weights; leave `--weights` out")
         from wsi_engine.encoders.texture import TextureEncoder  # noqa: PLC0415  # loads Numba
 
         return TextureEncoder()
@@ -55,4 +55,4 @@ def _unknown(name: str) -> EncoderError:
     names = [TEXTURE, *(card.name for card in DEEP_ENCODERS)]
     close = difflib.get_close_matches(name.lower(), names, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(close)}, " if close else "a model of timm is called timm:NAME, "
-    return EncoderError(f"There is no encoder called {name!r}; {hint}run `wsi encoders` for the list.")
+    return EncoderError(f"there is no encoder called {name!r}; {hint}run `wsi encoders` for the list")

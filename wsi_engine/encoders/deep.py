@@ -97,10 +97,10 @@ class DeepEncoder:
 
     def _check(self, pixels: NDArray[np.uint8]) -> None:
         if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] != 3:
-            raise SettingsError(f"Tiles are uint8 of shape (B, H, W, 3), not {pixels.dtype} of shape {pixels.shape}.")
+            raise SettingsError(f"tiles are uint8 of shape (B, H, W, 3), not {pixels.dtype} of shape {pixels.shape}")
         if self._card.input_px and pixels.shape[1] != pixels.shape[2]:
             size = f"{pixels.shape[2]} × {pixels.shape[1]}"
-            raise SettingsError(f"Encoder {self._card.name} takes square tiles, not tiles of {size} px.")
+            raise SettingsError(f"encoder {self._card.name} takes square tiles, not tiles of {size} px")
 
     @contextmanager
     def _explain_memory(self, what: str) -> Iterator[None]:
@@ -108,11 +108,11 @@ class DeepEncoder:
         try:
             yield
         except (torch.OutOfMemoryError, MemoryError) as error:
-            raise EncoderError(f"{what}; use a smaller batch, a smaller encoder or another device.") from error
+            raise EncoderError(f"{what}; use a smaller batch, a smaller encoder or another device") from error
         except RuntimeError as error:
             if "allocate memory" not in str(error):
                 raise
-            raise EncoderError(f"{what}; use a smaller batch, a smaller encoder or another device.") from error
+            raise EncoderError(f"{what}; use a smaller batch, a smaller encoder or another device") from error
 
 
 def resize_tiles(tiles: Tensor, side: int, filter_name: Literal["bilinear", "bicubic"]) -> Tensor:
@@ -149,16 +149,14 @@ def choose_device(device: str) -> torch.device:
         chosen = torch.device(device)
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise EncoderError(
-            f"Device {device!r} is not available here; use `--device auto` or `--device cpu`."
-        ) from error
+        raise EncoderError(f"device {device!r} is not available here; use `--device auto` or `--device cpu`") from error
     return chosen
 
 
 def choose_precision(precision: str) -> str:
     """The precision of a name; ``auto`` is fp32."""
     if precision not in PRECISIONS:
-        raise SettingsError(f"Precision {precision!r} is unknown; use one of {', '.join(PRECISIONS)}.")
+        raise SettingsError(f"precision {precision!r} is unknown; use one of {', '.join(PRECISIONS)}")
     return "fp32"
 
 

@@ -34,7 +34,7 @@ def fetch_weights(card: EncoderCard) -> Path:
         WeightsError: the hub cannot be reached, asks for a licence to be accepted, or has no such file.
     """
     if not card.source:
-        raise WeightsError(f"Encoder {card.name!r} has no published weights; {ways_out(card)}.")
+        raise WeightsError(f"encoder {card.name!r} has no published weights; {ways_out(card)}")
     return _find_cached(card.source) or _download(card)
 
 
@@ -85,11 +85,11 @@ def _find_cached(repository: str) -> Path | None:
 
 def _download(card: EncoderCard) -> Path:
     """Download the first of :data:`FILENAMES` that the repository holds."""
-    missing = f"No weights for encoder {card.name!r}: "
+    missing = f"no weights for encoder {card.name!r}: "
     if not hub_answers():
         raise WeightsError(
             f"{missing}{constants.ENDPOINT} cannot be reached and {card.source} is not in the local cache; "
-            f"{ways_out(card)}."
+            f"{ways_out(card)}"
         )
     for filename in FILENAMES:
         try:
@@ -97,17 +97,17 @@ def _download(card: EncoderCard) -> Path:
         except (GatedRepoError, RepositoryNotFoundError) as error:
             raise WeightsError(
                 f"{missing}{card.source} is gated or private and access was refused; accept the licence at "
-                f"https://huggingface.co/{card.source} and run `hf auth login`, or {ways_out(card)}."
+                f"https://huggingface.co/{card.source} and run `hf auth login`, or {ways_out(card)}"
             ) from error
         except LocalEntryNotFoundError as error:
-            raise WeightsError(f"{missing}the download of {card.source} failed; {ways_out(card)}.") from error
+            raise WeightsError(f"{missing}the download of {card.source} failed; {ways_out(card)}") from error
         except EntryNotFoundError:
             continue
         except Exception as error:
             raise WeightsError(
-                f"{missing}the download of {card.source} failed ({_first_line(error)}); {ways_out(card)}."
+                f"{missing}the download of {card.source} failed ({_first_line(error)}); {ways_out(card)}"
             ) from error
-    raise WeightsError(f"{missing}{card.source} holds none of {', '.join(FILENAMES)}; {ways_out(card)}.")
+    raise WeightsError(f"{missing}{card.source} holds none of {', '.join(FILENAMES)}; {ways_out(card)}")
 
 
 def _first_line(error: BaseException) -> str:

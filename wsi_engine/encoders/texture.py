@@ -88,7 +88,7 @@ class TextureEncoder:
             SettingsError: ``threads`` is below 1.
         """
         if threads is not None and threads < 1:
-            raise SettingsError(f"threads must be at least 1, not {threads}.")
+            raise SettingsError(f"threads must be at least 1, not {threads}")
         self._threads = min(_usable_cores(), MOST_THREADS) if threads is None else threads
         from wsi_engine.kernels.texture import texture_features  # noqa: PLC0415  # loads Numba, the card must not
 
@@ -121,10 +121,10 @@ class TextureEncoder:
             EncoderError: the tiles are smaller than 8 × 8.
         """
         if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] != 3:
-            raise SettingsError(f"Tiles are uint8 of shape (B, H, W, 3), not {pixels.dtype} of shape {pixels.shape}.")
+            raise SettingsError(f"tiles are uint8 of shape (B, H, W, 3), not {pixels.dtype} of shape {pixels.shape}")
         if min(pixels.shape[1:3]) < SMALLEST_TILE:
             size = f"{pixels.shape[2]} × {pixels.shape[1]}"
-            raise EncoderError(f"Encoder 'texture' needs tiles of at least 8 × 8 px, not {size}; ask for larger tiles.")
+            raise EncoderError(f"encoder 'texture' needs tiles of at least 8 × 8 px, not {size}; ask for larger tiles")
         threads = min(self._threads, len(pixels))
         if threads <= 1:
             return self._measure(pixels)

@@ -29,7 +29,7 @@ def describe_timm(name: str) -> EncoderCard:
     _check_known(name, architecture)
     published = get_pretrained_cfg(architecture)
     if published is None:
-        raise EncoderError(f"timm describes no input for {name!r}; choose another model of timm.")
+        raise EncoderError(f"timm describes no input for {name!r}; choose another model of timm")
     channels, height, _ = published.input_size
     interpolation: Literal["bilinear", "bicubic"] = "bilinear" if published.interpolation == "bilinear" else "bicubic"
     return EncoderCard(
@@ -59,10 +59,10 @@ def _check_known(name: str, architecture: str) -> None:
     if "/" in architecture or not timm.is_model(plain):
         close = difflib.get_close_matches(plain, timm.list_models(), n=3, cutoff=0.6)
         hint = f", did you mean {' or '.join(PREFIX + one for one in close)}" if close else ""
-        raise EncoderError(f"timm has no model for {name!r}{hint}; timm.list_models() has them all.")
+        raise EncoderError(f"timm has no model for {name!r}{hint}; timm.list_models() has them all")
     tags = [one.partition(".")[2] for one in get_arch_pretrained_cfgs(plain)]
     if tag and tag not in tags:
-        raise EncoderError(f"timm has no weights tagged {tag!r} for {plain}; it has {', '.join(filter(None, tags))}.")
+        raise EncoderError(f"timm has no weights tagged {tag!r} for {plain}; it has {', '.join(filter(None, tags))}")
 
 
 def _measure_dim(name: str, architecture: str, channels: int, height: int) -> int:
@@ -74,5 +74,5 @@ def _measure_dim(name: str, architecture: str, channels: int, height: int) -> in
         if channels != 3 or features.ndim != 2:
             raise ValueError(f"(1, {channels}, {height}, {height}) became {tuple(features.shape)}")
     except Exception as error:
-        raise EncoderError(f"{name!r} does not turn an RGB tile into one vector; choose another model.") from error
+        raise EncoderError(f"{name!r} does not turn an RGB tile into one vector; choose another model") from error
     return int(features.shape[1])

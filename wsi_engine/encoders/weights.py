@@ -69,8 +69,8 @@ def parse_seed(weights: str) -> int:
     match = re.fullmatch(r"random:(\d+)", weights, flags=re.ASCII)
     if match is None or int(match[1]) > MAX_SEED:
         raise WeightsError(
-            f"Random weights are asked for by random:SEED with a whole number from 0 to {MAX_SEED}, not {weights!r}; "
-            "use for example random:0."
+            f"random weights are asked for by random:SEED with a whole number from 0 to {MAX_SEED}, not {weights!r}; "
+            "use for example random:0"
         )
     return int(match[1])
 
@@ -85,7 +85,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
     """
     if not path.is_file():
         raise WeightsError(
-            f"There is no file of weights at {path}; give a .safetensors or {'/'.join(PICKLED)} file, or random:SEED."
+            f"there is no file of weights at {path}; give a .safetensors or {'/'.join(PICKLED)} file, or random:SEED"
         )
     content: Any
     if path.suffix == ".safetensors":
@@ -93,18 +93,18 @@ def read_state(path: Path) -> dict[str, Tensor]:
             content = safetensors.torch.load_file(path)
         except Exception as error:
             raise WeightsError(
-                f"{path} cannot be read as safetensors ({_first_line(error)}); download it again."
+                f"{path} cannot be read as safetensors ({_first_line(error)}); download it again"
             ) from error
     elif path.suffix in PICKLED:
         content = _read_pickled(path)
     else:
         raise WeightsError(
             f"{path} has the ending {path.suffix or '(none)'}; weights are read from .safetensors or "
-            f"{'/'.join(PICKLED)} files."
+            f"{'/'.join(PICKLED)} files"
         )
     state = _find_tensors(content)
     if not state:
-        raise WeightsError(f"{path} holds no tensors by name; save the state dict of the network and give that file.")
+        raise WeightsError(f"{path} holds no tensors by name; save the state dict of the network and give that file")
     return state
 
 
@@ -122,19 +122,19 @@ def fit_state(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], path:
         if name in expected and tensor.shape != expected[name].shape:
             raise WeightsError(
                 f"{path} holds weights of the wrong shape: {name} is {_shape(tensor)} where the encoder needs "
-                f"{_shape(expected[name])}; give the weights of this encoder or choose the encoder they belong to."
+                f"{_shape(expected[name])}; give the weights of this encoder or choose the encoder they belong to"
             )
     missing = [name for name in expected if name not in found and not is_counter(name)]
     if missing:
         raise WeightsError(
             f"{path} lacks {len(missing)} of the {len(expected)} tensors the encoder needs, the first is {missing[0]}; "
-            "give the weights of this encoder or choose the encoder they belong to."
+            "give the weights of this encoder or choose the encoder they belong to"
         )
     unknown = [name for name in found if name not in expected]
     if unknown:
         raise WeightsError(
             f"{path} holds {len(unknown)} tensors that the encoder has no place for, the first is {unknown[0]}; "
-            "give the weights of this encoder or choose the encoder they belong to."
+            "give the weights of this encoder or choose the encoder they belong to"
         )
     return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in found.items()}
 
@@ -188,7 +188,7 @@ def _read_pickled(path: Path) -> Any:
     except Exception as error:
         raise WeightsError(
             f"{path} is damaged or holds Python objects other than tensors, which are refused because they could run "
-            "code; save the state dict alone, best as .safetensors."
+            "code; save the state dict alone, best as .safetensors"
         ) from error
 
 
