@@ -1,0 +1,90 @@
+"""How many threads the kernels use, and how they share work: one place for both.
+
+Kernels are single-threaded loops that release the interpreter lock. Work is shared by giving bands of rows, or groups of
+objects, to a pool of Python threads. Numba's own parallel loops are not used: their default threading layer must not be
+entered from two threads at once, and another does not survive a fork.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+R = TypeVar("R")
+
+_lock = threading.Lock()
+_inside = threading.local()
+_count: int | None = None
+_pool: ThreadPoolExecutor | None = None
+
+
+def thread_count() -> int:
+    """Threads that one call of a kernel may use: the number set, else the cores this process may run on."""
+    if _count is not None:
+        return _count
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def set_thread_count(count: int | None) -> None:
+    """Set :func:`thread_count` for the whole process; None goes back to the number of cores.
+
+    Raises:
+        ValueError: ``count`` is less than 1.
+    """
+    global _count, _pool  # noqa: PLW0603 - the one place where this is kept
+    if count is not None and count < 1:
+        raise ValueError(f"the number of threads must be at least 1, not {count}")
+    with _lock:
+        _count, _pool = count, None
+
+
+def run_parallel(function: Callable[..., R], tasks: Iterable[tuple[object, ...]]) -> list[R]:
+    """Call ``function(*task)`` for every task, by up to :func:`thread_count` threads; results in the order of tasks.
+
+    May be called from several threads at once, after a fork, and from within a task (which then runs alone). The first
+    error is raised once all tasks have ended.
+    """
+    todo = list(tasks)
+    if len(todo) < 2 or thread_count() == 1 or getattr(_inside, "task", False):
+        return [function(*task) for task in todo]
+
+    def run(task: tuple[object, ...]) -> R:
+        _inside.task = True
+        try:
+            return function(*task)
+        finally:
+            _inside.task = False
+
+    futures = [_shared_pool().submit(run, task) for task in todo]
+    for future in futures:
+        future.exception()
+    return [future.result() for future in futures]
+
+
+def split_rows(rows: int, least: int = 64) -> list[tuple[int, int]]:
+    """Bands (start, stop) that cover ``rows`` rows, a few for each thread, none shorter than ``least`` but the last."""
+    bands = max(1, min(4 * thread_count() if thread_count() > 1 else 1, rows // max(1, least)))
+    edges = [rows * k // bands for k in range(bands + 1)]
+    return list(zip(edges[:-1], edges[1:], strict=True))
+
+
+def _shared_pool() -> ThreadPoolExecutor:
+    global _pool  # noqa: PLW0603
+    with _lock:
+        if _pool is None:
+            _pool = ThreadPoolExecutor(thread_count(), "kernel")
+        return _pool
+
+
+def _forget_pool() -> None:
+    """A forked child has none of its parent's threads."""
+    global _pool, _lock  # noqa: PLW0603
+    _pool, _lock = None, threading.Lock()
+    _inside.task = False
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_pool)
