@@ -1,12 +1,13 @@
 """How many threads the kernels use, and how they share work: one place for both.
 
-Kernels are single-threaded loops that release the interpreter lock. Work is shared by giving bands of rows, or groups of
-objects, to a pool of Python threads. Numba's own parallel loops are not used: their default threading layer must not be
-entered from two threads at once, and another does not survive a fork.
+Kernels are single-threaded loops that release the interpreter lock. Work is shared by giving bands of rows, or groups
+of objects, to a pool of Python threads. Numba's own parallel loops are not used: their default threading layer must
+not be entered from two threads at once, and another does not survive a fork.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
 from collections.abc import Callable, Iterable
@@ -34,7 +35,7 @@ def set_thread_count(count: int | None) -> None:
     Raises:
         ValueError: ``count`` is less than 1.
     """
-    global _count, _pool  # noqa: PLW0603 - the one place where this is kept
+    global _count, _pool
     if count is not None and count < 1:
         raise ValueError(f"the number of threads must be at least 1, not {count}")
     with _lock:
@@ -68,7 +69,7 @@ def split_rows(rows: int, least: int = 64) -> list[tuple[int, int]]:
     """Bands (start, stop) that cover ``rows`` rows, a few for each thread, none shorter than ``least`` but the last."""
     bands = max(1, min(4 * thread_count() if thread_count() > 1 else 1, rows // max(1, least)))
     edges = [rows * k // bands for k in range(bands + 1)]
-    return list(zip(edges[:-1], edges[1:], strict=True))
+    return list(itertools.pairwise(edges))
 
 
 def _shared_pool() -> ThreadPoolExecutor:
@@ -81,7 +82,7 @@ def _shared_pool() -> ThreadPoolExecutor:
 
 def _forget_pool() -> None:
     """A forked child has none of its parent's threads."""
-    global _pool, _lock  # noqa: PLW0603
+    global _pool, _lock
     _pool, _lock = None, threading.Lock()
     _inside.task = False
 

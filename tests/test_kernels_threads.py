@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
 from collections.abc import Iterator
@@ -67,7 +68,7 @@ def test_bands_cover_every_row_once() -> None:
         bands = split_rows(rows)
         assert bands[0][0] == 0
         assert bands[-1][1] == rows
-        assert all(a[1] == b[0] for a, b in zip(bands, bands[1:], strict=False))
+        assert all(a[1] == b[0] for a, b in itertools.pairwise(bands))
         assert len(bands) == 1 or min(stop - start for start, stop in bands) >= 63
     set_thread_count(1)
     assert split_rows(4096) == [(0, 4096)]
