@@ -157,9 +157,12 @@ import sys, time
 from wsi_engine.extraction import extract_sources
 import wsi_engine.encoders.texture as texture
 plain = texture.TextureEncoder.encode
+calls = 0
 def slow(self, pixels):
+    global calls
+    calls += 1
     print("encoding", flush=True)
-    time.sleep(0.2)
+    time.sleep(60 if calls == 4 else 0)  # until the signal comes
     return plain(self, pixels)
 texture.TextureEncoder.encode = slow
 from wsi_engine.cli import main

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from PIL import Image
 from scipy import ndimage
-from wsi_engine.synthetic import paint_ramp
 
 from wsi_engine import open_slide
 from wsi_engine.errors import ScaleError, SettingsError, SlideError
 from wsi_engine.readers.base import Level, level_downsample
 from wsi_engine.sampling import choose_sampling
 from wsi_engine.slide import Slide, slide_name
+from wsi_engine.synthetic import paint_ramp
 from wsi_engine.tiffwriter import TiffLayout, write_pyramid
 
 MPPS = (0.194, 0.265, 0.325, 0.499)
