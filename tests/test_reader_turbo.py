@@ -14,10 +14,12 @@ import tifffile
 from numpy.typing import NDArray
 
 from wsi_engine.clock import StageClock
-from wsi_engine.errors import SlideError
+from wsi_engine.errors import SettingsError, SlideError
 from wsi_engine.readers.base import DamagedError
 from wsi_engine.readers.openslide import OpenSlideReader
 from wsi_engine.readers.turbo import TurboReader
+from wsi_engine.synthetic import paint_ihc
+from wsi_engine.tiffwriter import TiffLayout, write_pyramid
 
 RGB = NDArray[np.uint8]
 TILE = 64
@@ -304,3 +306,52 @@ def test_real_ome_tiff_equals_tifffile(shared_data: Path) -> None:
 def test_real_slides_of_other_kinds_are_refused(shared_data: Path, name: str, message: str) -> None:
     with pytest.raises(SlideError, match=message):
         TurboReader(shared_data / "slides" / name, StageClock())
+
+
+@pytest.mark.parametrize("reduce", [2, 4, 8])
+@pytest.mark.parametrize("photometric", ["ycbcr", "rgb"])
+def test_reduced_decoding_shrinks_the_level(tmp_path: Path, reduce: int, photometric: str) -> None:
+    layout = TiffLayout(tile_px=240, photometric=photometric, quality=90, levels=1)
+    write_pyramid(tmp_path / "a.svs", 1003, 807, paint_ihc(1003, 807), mpp=0.25, layout=layout)
+    reader = TurboReader(tmp_path / "a.svs")
+    assert reader.reductions == (1, 2, 4, 8)
+    width, height = 1003 // reduce, 807 // reduce
+    small = reader.read(0, 0, 0, width, height, reduce).astype(float)
+    full = reader.read(0, 0, 0, width * reduce, height * reduce).astype(float)
+    boxes = full.reshape(height, reduce, width, reduce, 3).mean(axis=(1, 3))
+    assert 10 * np.log10(255**2 / np.mean((small - boxes) ** 2)) > 33
+    x, y = 700 // reduce, 500 // reduce
+    assert np.array_equal(reader.read(0, x, y, 30, 20, reduce), small[y : y + 20, x : x + 30].astype(np.uint8))
+    outside = reader.read(0, width - 10, height - 5, 20, 20, reduce)
+    assert np.array_equal(outside[:5, :10], small[-5:, -10:].astype(np.uint8))
+    assert (outside[5:] == 255).all()
+    assert (outside[:, 10:] == 255).all()
+
+
+def test_reduced_tiles_are_decoded_once(tmp_path: Path) -> None:
+    write_pyramid(tmp_path / "a.svs", 1024, 1024, paint_ihc(1024, 1024), mpp=0.25, layout=TiffLayout(levels=1))
+    reader = TurboReader(tmp_path / "a.svs")
+    boxes = np.array([(x, y, 100, 100) for y in range(0, 400, 50) for x in range(0, 400, 50)])
+    with reader.expect(0, boxes, 2):
+        for box in boxes:
+            reader.read(0, *(int(v) for v in box), 2)
+    assert reader.tiles_decoded == 16
+
+
+def test_reductions_that_do_not_exist_are_refused(tmp_path: Path) -> None:
+    write_pyramid(tmp_path / "a.svs", 300, 300, paint_ihc(300, 300), mpp=0.25)
+    with pytest.raises(SettingsError, match="1, 2, 4, 8, not 3"):
+        TurboReader(tmp_path / "a.svs").read(0, 0, 0, 10, 10, 3)
+
+
+def test_missing_tiles_are_filled_at_a_reduction(tmp_path: Path) -> None:
+    path = tmp_path / "a.svs"
+    write_pyramid(path, 1024, 1024, paint_ihc(1024, 1024), mpp=0.25, layout=TiffLayout(levels=2))
+    whole = TurboReader(path).read(1, 0, 0, 256, 256, 2).astype(float)
+    with tifffile.TiffFile(path) as tiff:
+        tag = tiff.pages[2].tags["TileByteCounts"]
+    with path.open("r+b") as file:
+        file.seek(tag.valueoffset)
+        file.write(bytes(4 * 4 if tag.dtype == 4 else 4 * 2))
+    filled = TurboReader(path).read(1, 0, 0, 256, 256, 2).astype(float)
+    assert 10 * np.log10(255**2 / np.mean((filled - whole) ** 2)) > 28

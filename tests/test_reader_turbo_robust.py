@@ -125,11 +125,11 @@ def test_waiting_threads_share_the_result_or_the_error() -> None:
         def work(_: int) -> object:
             waiting.wait()
             try:
-                return cache.tile((0, 0), slow)
+                return cache.tile(((0, 1), 0), slow)
             except SlideError as error:
                 return str(error)
 
-        with cache.plan(0, np.array([4], np.int32)), ThreadPoolExecutor(4) as pool:
+        with cache.plan((0, 1), np.array([4], np.int32)), ThreadPoolExecutor(4) as pool:
             results = list(pool.map(work, range(4)))
         assert len(calls) == 1
         assert cache.held_bytes == 0
@@ -145,10 +145,10 @@ def test_waiting_threads_share_the_result_or_the_error() -> None:
 
 def test_kept_tiles_are_bounded() -> None:
     cache = TileCache(planned_bytes=5000, recent_bytes=2500)
-    with cache.plan(0, np.full(50, 2, np.int32)):
+    with cache.plan((0, 1), np.full(50, 2, np.int32)):
         for number in range(50):
-            cache.tile((0, number), lambda: np.zeros(1000, np.uint8))
-            cache.tile((1, number), lambda: np.zeros(1000, np.uint8))
+            cache.tile(((0, 1), number), lambda: np.zeros(1000, np.uint8))
+            cache.tile(((1, 1), number), lambda: np.zeros(1000, np.uint8))
         assert cache.held_bytes == 7000
     assert cache.held_bytes == 2000
 

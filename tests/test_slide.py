@@ -14,7 +14,7 @@ from wsi_engine.errors import ScaleError, SettingsError, SlideError
 from wsi_engine.readers.base import Level, level_downsample
 from wsi_engine.sampling import choose_sampling
 from wsi_engine.slide import Slide, slide_name
-from wsi_engine.synthetic import paint_ramp
+from wsi_engine.synthetic import paint_ramp, write_marks
 from wsi_engine.tiffwriter import TiffLayout, write_pyramid
 
 MPPS = (0.194, 0.265, 0.325, 0.499)
@@ -222,3 +222,37 @@ def test_real_slide_without_scale(shared_data: Path) -> None:
         with pytest.raises(ScaleError, match="--slide-mpp"):
             slide.read_region(0, 0, 10, 10, mpp=0.5)
         assert slide.read_region(2000, 1500, 100, 80).shape == (80, 100, 3)
+
+
+def test_a_reader_shrinks_by_itself_only_where_that_is_as_fine() -> None:
+    levels = (Level(8000, 8000, 1.0), Level(2000, 2000, 4.0))
+    for mpp, level, reduce in (
+        (0.25, 0, 1),
+        (0.49, 0, 1),
+        (0.5, 0, 2),
+        (0.7, 0, 2),
+        (1.0, 1, 1),
+        (3.0, 1, 2),
+        (9.0, 1, 8),
+    ):
+        sampling = choose_sampling(levels, (0.25, 0.25), mpp, (1, 2, 4, 8))
+        assert (sampling.level, sampling.reduce) == (level, reduce)
+        assert sampling.size_level0 == pytest.approx((mpp / 0.25, mpp / 0.25))
+    assert choose_sampling(levels, (0.25, 0.25), 0.5).reduce == 1
+
+
+@pytest.mark.parametrize("mpp", [0.5, 0.62, 1.1])
+def test_shrinking_while_decoding_keeps_the_field_of_view(tmp_path: Path, mpp: float) -> None:
+    positions = [(60.0, 70.0), (300.5, 81.0), (190.0, 255.0)]
+    write_marks(tmp_path / "marks.svs", 0.25, positions, layout=TiffLayout(quality=95, levels=1))
+    with open_slide(tmp_path / "marks.svs", reader="turbo") as slide:
+        assert slide.sampling(mpp).reduce > 1
+        size = [int(n * 0.25 / mpp) for n in slide.dimensions]
+        fast, exact = (slide.read_region(0, 0, *size, mpp=mpp, exact=exact) for exact in (False, True))
+    for picture in (fast, exact):
+        dark = 235.0 - picture[..., 0]
+        dark[dark < 40] = 0
+        regions, count = ndimage.label(dark > 0)
+        found = np.array(ndimage.center_of_mass(dark, regions, range(1, count + 1)))[:, ::-1] + 0.5
+        found = found[np.lexsort((found[:, 1],))] * mpp
+        assert found == pytest.approx(np.array(sorted(positions, key=lambda p: p[1])), abs=0.1 * mpp)

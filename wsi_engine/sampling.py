@@ -22,13 +22,15 @@ _ROUNDING = 1e-6
 class Sampling:
     """How pixels at one scale are taken from one level.
 
-    ``to_level`` is level-0 pixels per pixel of ``level``; ``scale`` is pixels of the level per output
-    pixel along x and y (1.0: the level's own pixels; below 1: the level is coarser than asked for).
+    The reader may shrink the level by ``reduce`` while it decodes; "read pixels" are the level's after that.
+    ``to_level`` is level-0 pixels per read pixel; ``scale`` is read pixels per output pixel along x and y (1.0: the
+    read pixels themselves; below 1: they are coarser than asked for).
     """
 
     level: int
     to_level: float
     scale: tuple[float, float]
+    reduce: int = 1
 
     @property
     def size_level0(self) -> tuple[float, float]:
@@ -36,11 +38,11 @@ class Sampling:
         return self.scale[0] * self.to_level, self.scale[1] * self.to_level
 
     def corner(self, x: float, y: float) -> tuple[float, float]:
-        """The level's (fractional) pixel position of a level-0 position."""
+        """The (fractional) position, in read pixels, of a level-0 position."""
         return x / self.to_level, y / self.to_level
 
     def boxes(self, origins: NDArray[np.int64], width: int, height: int) -> NDArray[np.int64]:
-        """Rectangles of the level that hold everything ``width`` × ``height`` output pixels need.
+        """Rectangles of read pixels that hold everything ``width`` × ``height`` output pixels need.
 
         Args:
             origins: int64, (N, 2), level-0 top-left corners.
@@ -48,7 +50,7 @@ class Sampling:
             height: output pixels along y.
 
         Returns:
-            int64, (N, 4): x, y, width, height in the level's pixels.
+            int64, (N, 4): x, y, width, height in read pixels.
         """
         columns = []
         for axis, size in ((0, width), (1, height)):
@@ -62,19 +64,25 @@ class Sampling:
         return np.stack([x, y, w, h], axis=1).astype(np.int64)
 
 
-def choose_sampling(levels: Sequence[Level], slide_mpp: tuple[float, float], mpp: float) -> Sampling:
+def choose_sampling(
+    levels: Sequence[Level], slide_mpp: tuple[float, float], mpp: float, reductions: Sequence[int] = (1,)
+) -> Sampling:
     """The coarsest level that is still as fine as ``mpp`` (within :data:`FINER_BY`), and the scale left to do.
+
+    From that level on the strongest reduction is taken that is still as fine.
 
     Args:
         levels: levels of the slide, finest first.
         slide_mpp: micrometres per level-0 pixel, x and y.
         mpp: micrometres per output pixel asked for.
+        reductions: factors by which the reader can shrink a level while decoding, ascending from 1.
     """
     wanted = mpp / slide_mpp[0], mpp / slide_mpp[1]  # level-0 px per output px
     finest = min(wanted) * FINER_BY
     level = max((i for i, one in enumerate(levels) if one.downsample <= finest), default=0)
-    to_level = levels[level].downsample
-    return Sampling(level, to_level, (_snap(wanted[0] / to_level), _snap(wanted[1] / to_level)))
+    reduce = max((r for r in reductions if levels[level].downsample * r <= finest), default=1)
+    to_level = levels[level].downsample * reduce
+    return Sampling(level, to_level, (_snap(wanted[0] / to_level), _snap(wanted[1] / to_level)), reduce)
 
 
 def _snap(scale: float) -> float:

@@ -18,7 +18,7 @@ from wsi_engine.clock import StageClock
 from wsi_engine.errors import ScaleError, SettingsError
 from wsi_engine.fingerprint import fingerprint_source
 from wsi_engine.readers import open_reader
-from wsi_engine.readers.base import Level, Metadata, Reader, RGBImage, is_url, local_path
+from wsi_engine.readers.base import Level, Metadata, Reader, ReducingReader, RGBImage, is_url, local_path
 from wsi_engine.sampling import Sampling, choose_sampling
 from wsi_engine.workers import usable_cores
 
@@ -126,10 +126,11 @@ class Slide:
         """SHA-256 that tells this slide's content from another's; see :mod:`wsi_engine.fingerprint`."""
         return fingerprint_source(self._source)
 
-    def sampling(self, mpp: float | None) -> Sampling:
+    def sampling(self, mpp: float | None, exact: bool = False) -> Sampling:
         """Which level is read for pixels of ``mpp`` micrometres, and the scale left to resample.
 
-        None means level-0 pixels as they are, for which no scale need be known.
+        None means level-0 pixels as they are, for which no scale need be known. ``exact`` keeps the reader from
+        shrinking while it decodes: all resampling is left to the area filter.
 
         Raises:
             ScaleError: the slide's own scale is missing or not believable.
@@ -139,9 +140,12 @@ class Slide:
             return Sampling(0, 1.0, (1.0, 1.0))
         if not (mpp > 0 and math.isfinite(mpp)):
             raise SettingsError(f"mpp must be a positive number of micrometres per pixel, not {mpp}")
-        return choose_sampling(self.levels, self.mpp, mpp)
+        reductions = self._reader.reductions if isinstance(self._reader, ReducingReader) and not exact else (1,)
+        return choose_sampling(self.levels, self.mpp, mpp, reductions)
 
-    def read_region(self, x: int, y: int, width: int, height: int, mpp: float | None = None) -> RGBImage:
+    def read_region(
+        self, x: int, y: int, width: int, height: int, mpp: float | None = None, exact: bool = True
+    ) -> RGBImage:
         """Pixels of a rectangle at any scale.
 
         The rectangle starts at level-0 pixel (x, y) and spans exactly ``width · mpp`` by ``height · mpp``
@@ -154,6 +158,9 @@ class Slide:
             width: output pixels along x.
             height: output pixels along y.
             mpp: micrometres per output pixel; None for level-0 pixels as they are.
+            exact: resample by the area filter alone, so that all readers give the same pixels; False lets a reader
+                shrink while it decodes, as :func:`~wsi_engine.stream.stream_tiles` does, which is faster from a scale
+                of 2 on.
 
         Returns:
             uint8, (height, width, 3), RGB.
@@ -164,12 +171,12 @@ class Slide:
         """
         if width < 1 or height < 1:
             raise SettingsError(f"a region must have at least one pixel, not {width} × {height}")
-        return self.read_sampled(self.sampling(mpp), x, y, width, height)
+        return self.read_sampled(self.sampling(mpp, exact), x, y, width, height)
 
     def read_sampled(self, sampling: Sampling, x: int, y: int, width: int, height: int) -> RGBImage:
         """:meth:`read_region` with the level and scale already chosen."""
         box_x, box_y, box_w, box_h = (int(v) for v in sampling.boxes(np.array([[x, y]], np.int64), width, height)[0])
-        pixels = self._reader.read(sampling.level, box_x, box_y, box_w, box_h)
+        pixels = self._read(sampling, box_x, box_y, box_w, box_h)
         left, top = sampling.corner(x, y)
         left, top = left - box_x, top - box_y
         if (box_w, box_h) == (width, height) and sampling.scale == (1.0, 1.0):
@@ -178,6 +185,12 @@ class Slide:
 
         with self.clock.measure("resample"):
             return resample_area(pixels, left, top, *sampling.scale, width, height)
+
+    def _read(self, sampling: Sampling, x: int, y: int, width: int, height: int) -> RGBImage:
+        if sampling.reduce == 1:
+            return self._reader.read(sampling.level, x, y, width, height)
+        assert isinstance(self._reader, ReducingReader)
+        return self._reader.read(sampling.level, x, y, width, height, sampling.reduce)
 
     def expect(
         self, sampling: Sampling, origins: NDArray[np.int64], width: int, height: int
@@ -190,7 +203,11 @@ class Slide:
             width: output pixels along x of each.
             height: output pixels along y of each.
         """
-        return self._reader.expect(sampling.level, sampling.boxes(origins, width, height))
+        boxes = sampling.boxes(origins, width, height)
+        if sampling.reduce == 1:
+            return self._reader.expect(sampling.level, boxes)
+        assert isinstance(self._reader, ReducingReader)
+        return self._reader.expect(sampling.level, boxes, sampling.reduce)
 
     def read_overview(self, mpp: float, workers: int | None = None) -> RGBImage:
         """The whole slide at a coarse scale, read block by block so that memory follows the result's size.

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Protocol, TypeAlias
+from typing import Protocol, TypeAlias, runtime_checkable
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
@@ -100,6 +100,25 @@ class Reader(Protocol):
 
     def close(self) -> None:
         """Give back file handles and caches; later reads raise SlideError."""
+        ...
+
+
+@runtime_checkable
+class ReducingReader(Reader, Protocol):
+    """A reader that can shrink a level while it decodes, for less than decoding all of it would cost.
+
+    ``reductions`` are the factors it knows, ascending from 1; rectangles are then in pixels of that size, of which a
+    level holds width // reduce by height // reduce.
+    """
+
+    reductions: tuple[int, ...]
+
+    def read(self, level: int, x: int, y: int, width: int, height: int, reduce: int = 1) -> RGBImage:
+        """:meth:`Reader.read` at a reduction."""
+        ...
+
+    def expect(self, level: int, boxes: NDArray[np.int64], reduce: int = 1) -> AbstractContextManager[None]:
+        """:meth:`Reader.expect` at a reduction."""
         ...
 
 

@@ -13,8 +13,11 @@ from numpy.typing import NDArray
 from wsi_engine.errors import SlideError
 from wsi_engine.readers.base import RGBImage
 
-Key = tuple[int, int]
-"""Level and number of a tile in that level, counted row by row."""
+Layer = tuple[int, int]
+"""Level, and by how much its tiles are reduced while they are decoded."""
+
+Key = tuple[Layer, int]
+"""Layer and number of a tile in its level, counted row by row."""
 
 PLANNED_BYTES = 1 << 30
 """Decoded tiles kept for announced reads; beyond it the oldest are dropped and decoded again when needed."""
@@ -90,8 +93,8 @@ class TileCache:
         self._slots: dict[Key, _Slot] = {}
         self._planned = _Pool(planned_bytes)
         self._recent = _Pool(recent_bytes)
-        self._uses: dict[int, NDArray[np.int32]] = {}
-        self._plans: dict[int, int] = {}
+        self._uses: dict[Layer, NDArray[np.int32]] = {}
+        self._plans: dict[Layer, int] = {}
 
     @property
     def held_bytes(self) -> int:
@@ -100,22 +103,22 @@ class TileCache:
             return self._planned.held + self._recent.held
 
     @contextmanager
-    def plan(self, level: int, uses: NDArray[np.int32]) -> Iterator[None]:
-        """Expect each tile of ``level`` to be used as often as ``uses`` (:func:`count_uses`) says.
+    def plan(self, layer: Layer, uses: NDArray[np.int32]) -> Iterator[None]:
+        """Expect each tile of ``layer`` to be used as often as ``uses`` (:func:`count_uses`) says.
 
-        Plans of one level add up; when the last of them ends, what they kept is dropped.
+        Plans of one layer add up; when the last of them ends, what they kept is dropped.
         """
         with self._lock:
-            self._uses[level] = uses + self._uses[level] if level in self._uses else uses.copy()
-            self._plans[level] = self._plans.get(level, 0) + 1
+            self._uses[layer] = uses + self._uses[layer] if layer in self._uses else uses.copy()
+            self._plans[layer] = self._plans.get(layer, 0) + 1
         try:
             yield
         finally:
             with self._lock:
-                self._plans[level] -= 1
-                if not self._plans[level]:
-                    del self._plans[level], self._uses[level]
-                    for key in [key for key in self._planned.sizes if key[0] == level]:
+                self._plans[layer] -= 1
+                if not self._plans[layer]:
+                    del self._plans[layer], self._uses[layer]
+                    for key in [key for key in self._planned.sizes if key[0] == layer]:
                         self._drop(key)
 
     def take_alone(self, key: Key) -> bool:

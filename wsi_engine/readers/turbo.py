@@ -6,7 +6,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,11 +15,11 @@ import simplejpeg
 from numpy.typing import NDArray
 
 from wsi_engine.clock import StageClock
-from wsi_engine.errors import SlideError
+from wsi_engine.errors import SettingsError, SlideError
 from wsi_engine.readers.base import Level, Metadata, RGBImage
 from wsi_engine.readers.jpeg import JpegError
 from wsi_engine.readers.tiffindex import ADVICE, TiledLevel, read_index
-from wsi_engine.readers.tilecache import TileCache, count_uses
+from wsi_engine.readers.tilecache import Layer, TileCache, count_uses
 from wsi_engine.readers.window import check_window, white_image
 
 _MAX_FILL_PIXELS = 1 << 26
@@ -64,6 +64,9 @@ class TurboReader:
         self._levels = tuple(tiled.level for tiled in index.levels)
         self._metadata = index.metadata
         self._fills_gaps = index.metadata.vendor == "aperio"
+        self.reductions = _reductions(index.levels)
+        """Factors by which :meth:`read` can shrink a level while decoding, ascending from 1."""
+        self._by_reduction = {reduce: tuple(_shrink(lv, reduce) for lv in self._levels) for reduce in self.reductions}
         self._headers: list[tuple[bytes, bytes] | None] = [None] * len(self._tiled)
         self._cache = TileCache()
         self._count_lock = threading.Lock()
@@ -84,22 +87,26 @@ class TurboReader:
         """What the file says about itself."""
         return self._metadata
 
-    def read(self, level: int, x: int, y: int, width: int, height: int) -> RGBImage:
+    def read(self, level: int, x: int, y: int, width: int, height: int, reduce: int = 1) -> RGBImage:
         """Pixels of a rectangle of one level: uint8 (height, width, 3), white outside the level.
+
+        With ``reduce`` 2, 4 or 8 (one of :attr:`reductions`) libjpeg-turbo decodes straight to a half, a quarter or an
+        eighth of the level's size, by fewer coefficients of the cosine transform. The rectangle is then in pixels of
+        that size, of which a level holds width // reduce by height // reduce.
 
         Raises:
             SlideError: a tile cannot be read or decoded, there is no such level, or the reader is closed.
-            SettingsError: width or height is less than 1.
+            SettingsError: width or height is less than 1, or there is no such reduction.
         """
-        left, top, right, bottom = inside = check_window(self._levels, level, x, y, width, height)
+        left, top, right, bottom = inside = check_window(self._reduced(reduce), level, x, y, width, height)
         self._open_file()
-        tiled = self._tiled[level]
-        tile_width, tile_height, across = tiled.tile_width, tiled.tile_height, tiled.across
+        layer, tiled = (level, reduce), self._tiled[level]
+        tile_width, tile_height, across = tiled.tile_width // reduce, tiled.tile_height // reduce, tiled.across
         whole = right - left == width and bottom - top == height
         if whole and (width, height) == (tile_width, tile_height) and not (left % tile_width or top % tile_height):
             number = top // tile_height * across + left // tile_width
-            if self._cache.take_alone((level, number)):
-                return self._decode(level, number)
+            if self._cache.take_alone((layer, number)):
+                return self._decode(layer, number)
         out = np.empty((height, width, 3), np.uint8) if whole else white_image(width, height)
         if inside.empty:
             return out
@@ -109,14 +116,16 @@ class TurboReader:
             for column in range(left // tile_width, -(-right // tile_width)):
                 tile_left = column * tile_width
                 x0, x1 = max(left, tile_left), min(right, tile_left + tile_width)
-                pixels = self._tile(level, row * across + column)
+                pixels = self._tile(layer, row * across + column)
                 part = pixels[y0 - tile_top : y1 - tile_top, x0 - tile_left : x1 - tile_left]
                 out[y0 - y : y1 - y, x0 - x : x1 - x] = part
         return out
 
     @contextmanager
-    def expect(self, level: int, boxes: NDArray[np.int64]) -> Iterator[None]:
+    def expect(self, level: int, boxes: NDArray[np.int64], reduce: int = 1) -> Iterator[None]:
         """Announce rectangles (N, 4) of ``level``: within the context each compressed tile is decoded once.
+
+        ``reduce`` and the rectangles' pixels are as in :meth:`read`.
 
         Decoded tiles are kept until their last announced use, so memory follows the spread of the
         boxes being read (a row of tiles when they come row by row), not the slide. Should the order of
@@ -126,10 +135,10 @@ class TurboReader:
         Raises:
             SlideError: there is no such level.
         """
-        check_window(self._levels, level, 0, 0, 1, 1)
+        check_window(self._reduced(reduce), level, 0, 0, 1, 1)
         tiled = self._tiled[level]
-        uses = count_uses(boxes, (tiled.tile_width, tiled.tile_height), (tiled.across, tiled.down))
-        with self._cache.plan(level, uses):
+        tile = tiled.tile_width // reduce, tiled.tile_height // reduce
+        with self._cache.plan((level, reduce), count_uses(boxes, tile, (tiled.across, tiled.down))):
             yield
 
     def close(self) -> None:
@@ -137,18 +146,25 @@ class TurboReader:
         self._file = None
         self._cache.clear()
 
-    def _tile(self, level: int, number: int) -> RGBImage:
-        return self._cache.tile((level, number), lambda: self._decode(level, number))
+    def _reduced(self, reduce: int) -> tuple[Level, ...]:
+        """The levels at a reduction."""
+        if reduce not in self._by_reduction:
+            raise SettingsError(f"a reduction must be one of {', '.join(map(str, self.reductions))}, not {reduce}")
+        return self._by_reduction[reduce]
 
-    def _decode(self, level: int, number: int) -> RGBImage:
-        """A whole tile, uint8 (tile height, tile width, 3), fresh."""
+    def _tile(self, layer: Layer, number: int) -> RGBImage:
+        return self._cache.tile((layer, number), lambda: self._decode(layer, number))
+
+    def _decode(self, layer: Layer, number: int) -> RGBImage:
+        """A whole tile, uint8 (tile height, tile width, 3) over the reduction, fresh."""
+        level, reduce = layer
         tiled = self._tiled[level]
         if not tiled.counts[number]:
-            return self._missing(level, number)
+            return self._missing(level, number, reduce)
         start = time.perf_counter()
         stream = self._fetch(tiled, level, number)
         fetched = time.perf_counter()
-        pixels = np.empty((tiled.tile_height, tiled.tile_width, 3), np.uint8)
+        pixels = np.empty((tiled.tile_height // reduce, tiled.tile_width // reduce, 3), np.uint8)
         try:
             _decompress(self._complete(level, stream), pixels)
         except JpegError as error:
@@ -185,17 +201,17 @@ class TurboReader:
             known = self._headers[level] = self._tiled[level].headers.rewrite(stream)
         return known[1] + stream[len(known[0]) :]
 
-    def _missing(self, level: int, number: int) -> RGBImage:
+    def _missing(self, level: int, number: int, reduce: int) -> RGBImage:
         """A tile that the file leaves out: white, but made from the next finer level in Aperio's lower levels.
 
         OpenSlide does the same: some Aperio scanners left tiles out of lower levels by mistake.
         """
         tiled = self._tiled[level]
-        width, height = tiled.tile_width, tiled.tile_height
+        width, height = tiled.tile_width // reduce, tiled.tile_height // reduce
         if level == 0 or not self._fills_gaps:
             return white_image(width, height)
         row, column = divmod(number, tiled.across)
-        ratio = tiled.level.downsample / self._levels[level - 1].downsample
+        ratio = tiled.level.downsample / self._levels[level - 1].downsample * reduce
         left, top = column * width * ratio, row * height * ratio
         x, y = math.floor(left), math.floor(top)
         across, down = math.ceil(left + width * ratio) - x, math.ceil(top + height * ratio) - y
@@ -213,12 +229,24 @@ class TurboReader:
         )
 
 
+def _reductions(levels: Sequence[TiledLevel]) -> tuple[int, ...]:
+    """Reductions at which a tile keeps a whole number of pixels."""
+    sides = [side for tiled in levels for side in (tiled.tile_width, tiled.tile_height)]
+    return tuple(reduce for reduce in (1, 2, 4, 8) if all(side % reduce == 0 for side in sides))
+
+
+def _shrink(level: Level, reduce: int) -> Level:
+    """A level at a reduction. A pixel that lies only partly inside the level is left out."""
+    return Level(level.width // reduce, level.height // reduce, level.downsample * reduce)
+
+
 def _decompress(stream: bytes, pixels: RGBImage) -> None:
-    """Decode a complete JPEG stream into ``pixels``, whose size is the stream's."""
+    """Decode a complete JPEG stream into ``pixels``, whose size is the stream's over 1, 2, 4 or 8."""
+    height, width = pixels.shape[:2]
     try:
-        simplejpeg.decode_jpeg(stream, "RGB", fastdct=False, fastupsample=False, buffer=pixels)
+        simplejpeg.decode_jpeg(stream, "RGB", False, False, height, width, buffer=pixels)
     except ValueError as error:
         # Stray bytes before a marker harm no pixel, and some scanners write them.
         if "extraneous bytes" not in str(error):
             raise
-        simplejpeg.decode_jpeg(stream, "RGB", fastdct=False, fastupsample=False, buffer=pixels, strict=False)
+        simplejpeg.decode_jpeg(stream, "RGB", False, False, height, width, buffer=pixels, strict=False)
