@@ -11,6 +11,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from wsi_engine.bottleneck import find_bottleneck
 from wsi_engine.cli import console
 from wsi_engine.clock import STAGES
 
@@ -55,13 +56,18 @@ def extract(
     tissue: Annotated[Tissue, typer.Option(help="Keep tiles with tissue (otsu), or all (none).")] = Tissue.otsu,
     min_tissue: Annotated[float, typer.Option(help="Least part of a tile that must be tissue, 0-1.")] = 0.25,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
-    precision: Annotated[str, typer.Option(help="auto or fp32.")] = "auto",
+    precision: Annotated[
+        str, typer.Option(help="auto, fp32, bf16 or fp16; with +compile, torch compiles the network.")
+    ] = "auto",
     dtype: Annotated[DType, typer.Option(help="How features are stored.")] = DType.float16,
     batch_size: Annotated[int, typer.Option(help="Tiles encoded at a time.")] = 64,
     workers: Annotated[
         int | None, typer.Option(help="Reading threads; the usable cores if not given.", show_default=False)
     ] = None,
     reader: Annotated[str, typer.Option(help="auto, turbo, openslide, tiffslide or image.")] = "auto",
+    exact_resample: Annotated[
+        bool, typer.Option("--exact-resample", help="Resample by the area filter alone; JPEGs are decoded whole.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document at the end.")] = False,
 ) -> None:
     """Extract features of slides into one store each: OUT/<slide_id>.zarr.
@@ -90,6 +96,7 @@ def extract(
             batch_size=batch_size,
             workers=workers,
             reader=reader,
+            exact_resample=exact_resample,
             progress=display,
         )
     if as_json:
@@ -104,14 +111,26 @@ def _print_summary(report: ExtractReport, out: Path) -> None:
     """What was done, where the time went, and a table of what failed."""
     counts = Counter(result.status for result in report.results)
     console.out.print(", ".join(f"{count} {status}" for status, count in counts.items()) + f" in {out}")
-    seconds = Counter[str]()
-    for result in report.results:
-        seconds.update(result.seconds)
     if report.tiles:
-        stages = ", ".join(f"{stage} {seconds[stage]:.1f} s" for stage in STAGES)
-        console.out.print(f"{report.tiles} tiles by {report.encoder}; thread-seconds: {stages}")
+        wall = max(report.wall_seconds, 1e-9)
+        made = f"{report.tiles} tiles by {report.encoder} ({report.precision})"
+        console.out.print(f"{made} in {wall:.1f} s: {report.tiles / wall:.1f} tiles/s")
+        _print_stages(report)
     if report.failed:
         table = Table("failed", "why", box=None, padding=(0, 2, 0, 0))
         for result in report.failed:
             table.add_row(Text(result.slide_id), Text(result.message))
         console.out.print(table)
+
+
+def _print_stages(report: ExtractReport) -> None:
+    """Seconds and rate of each stage, and which one the run waited for."""
+    table = Table("stage", "thread-seconds", "tiles/s of one thread", box=None, padding=(0, 2, 0, 0))
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for stage in STAGES:
+        seconds = report.seconds[stage]
+        table.add_row(stage, f"{seconds:.1f}", f"{report.tiles / seconds:.0f}" if seconds > 0.001 else "–")
+    console.out.print(table)
+    stage, advice = find_bottleneck(report.seconds, report.wall_seconds, report.workers)
+    console.out.print(f"bottleneck: {stage or 'none'} ({advice})")

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from wsi_engine.extraction import SlideResult
+from wsi_engine.jobs import SlideResult
 
 _PLAIN_SECONDS = 10.0
 """Least time between two plain lines of one slide."""

@@ -34,14 +34,14 @@ def tiles() -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def resnet50() -> DeepEncoder:
-    encoder = create_encoder("resnet50", weights="random:0", device="cpu")
+    encoder = create_encoder("resnet50", weights="random:0", device="cpu", precision="fp32")
     assert isinstance(encoder, DeepEncoder)
     return encoder
 
 
 @pytest.fixture(scope="module")
 def vit_tiny() -> DeepEncoder:
-    encoder = create_encoder("vit_tiny_patch16_224", weights="random:2", device="cpu")
+    encoder = create_encoder("vit_tiny_patch16_224", weights="random:2", device="cpu", precision="fp32")
     assert isinstance(encoder, DeepEncoder)
     return encoder
 
@@ -104,7 +104,7 @@ def test_vit_equals_timm_on_tiles_resized_by_pillow(vit_tiny: DeepEncoder, tiles
 
 @pytest.mark.parametrize("name", ["resnet18", "mobilenetv3_small_050.lamb_in1k"])
 def test_any_timm_name_is_timms_own_forward(tiles: np.ndarray, name: str) -> None:
-    encoder = create_encoder(f"timm:{name}", weights="random:3", device="cpu")
+    encoder = create_encoder(f"timm:{name}", weights="random:3", device="cpu", precision="fp32")
     torch.manual_seed(3)
     network = timm.create_model(name, pretrained=False, num_classes=0).eval()
     with torch.no_grad():
@@ -130,7 +130,9 @@ def test_resizing_is_pillows_but_for_values_on_a_half(tiles: np.ndarray, filter_
 
 
 def test_a_resize_larger_than_the_input_cuts_the_centre(vit_tiny: DeepEncoder, tiles: np.ndarray) -> None:
-    cutting = DeepEncoder(dataclasses.replace(card_of("vit_tiny_patch16_224"), resize_px=256), "random:2", "cpu")
+    cutting = DeepEncoder(
+        dataclasses.replace(card_of("vit_tiny_patch16_224"), resize_px=256), "random:2", "cpu", "fp32"
+    )
     assert np.array_equal(cutting.encode(tiles), vit_tiny.encode(tiles[:, 16:240, 16:240]))
 
 
@@ -175,7 +177,9 @@ def test_a_seed_gives_the_same_weights_and_leaves_the_callers_numbers_alone() ->
     untouched = torch.rand(3)
     torch.manual_seed(99)
     digests = [
-        create_encoder("vit_tiny_patch16_224", weights=f"random:{seed}", device="cpu").card.weights_digest
+        create_encoder(
+            "vit_tiny_patch16_224", weights=f"random:{seed}", device="cpu", precision="fp32"
+        ).card.weights_digest
         for seed in (1, 1, 2)
     ]
     assert torch.equal(torch.rand(3), untouched)
@@ -283,7 +287,7 @@ def test_the_page_shows_the_table() -> None:
 )
 def test_unknown_names_get_the_closest(name: str, words: str) -> None:
     with pytest.raises(EncoderError, match=words):
-        create_encoder(name, weights="random:0", device="cpu")
+        create_encoder(name, weights="random:0", device="cpu", precision="fp32")
 
 
 def test_timm_describes_size_and_normalisation() -> None:
@@ -312,7 +316,7 @@ def test_the_built_in_encoder_takes_no_weights() -> None:
     "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
 )
 def test_a_full_memory_is_one_sentence(tiles: np.ndarray, error: RuntimeError, monkeypatch: pytest.MonkeyPatch) -> None:
-    encoder = DeepEncoder(card_of("vit_tiny_patch16_224"), "random:0", "cpu")
+    encoder = DeepEncoder(card_of("vit_tiny_patch16_224"), "random:0", "cpu", "fp32")
 
     def fail(*arguments: object) -> None:
         raise error

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -13,12 +14,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from wsi_engine import FeatureStore, TissueSettings, extract, lay_grid, open_slide
+from wsi_engine import FeatureStore, Slide, TissueSettings, extract, lay_grid, open_slide
 from wsi_engine.encoders.base import EncoderCard
-from wsi_engine.errors import EncoderError, InputError, SettingsError
-from wsi_engine.extraction import ExtractSettings, SlideResult, extract_sources
+from wsi_engine.errors import EncoderError, InputError, SettingsError, SlideError
+from wsi_engine.extraction import extract_sources, guess_tiles
 from wsi_engine.grid import GridSettings
 from wsi_engine.inputs import find_slides
+from wsi_engine.jobs import ExtractSettings, SlideResult
+from wsi_engine.sampling import Sampling
 
 
 class MeanEncoder:
@@ -310,7 +313,17 @@ def test_real_slide_equals_openslide_and_timm(shared_data: Path, tmp_path: Path)
     import torch
 
     path = shared_data / "slides" / "CMU-1-Small-Region.svs"
-    extract(path, tmp_path / "out", "resnet50", "random:0", mpp=1.0, dtype="float32", batch_size=8, precision="fp32")
+    extract(
+        path,
+        tmp_path / "out",
+        "resnet50",
+        "random:0",
+        mpp=1.0,
+        dtype="float32",
+        batch_size=8,
+        precision="fp32",
+        exact_resample=True,
+    )
     store = FeatureStore.open(tmp_path / "out" / "CMU-1-Small-Region.zarr")
     torch.manual_seed(0)
     model = timm.create_model("resnet50.tv_in1k", pretrained=False, features_only=True, out_indices=(3,)).eval()
@@ -338,3 +351,90 @@ def _area_mean(pixels: np.ndarray, scale: float, n: int) -> np.ndarray:
     low = np.minimum(edges.astype(int), len(pixels) - 1)
     at_edges = integral[low] + (edges - low)[:, None, None] * (integral[low + 1] - integral[low])
     return np.diff(at_edges, axis=0) / scale
+
+
+def test_batches_run_on_through_all_slides(picture: Path, tmp_path: Path) -> None:
+    for name in ("b", "c"):
+        (picture.parent / f"{name}.png").write_bytes(picture.read_bytes())
+    calls = []
+
+    class Counting(MeanEncoder):
+        def encode(self, pixels: np.ndarray) -> np.ndarray:
+            calls.append(len(pixels))
+            return super().encode(pixels)
+
+    report = extract(picture.parent, tmp_path / "all", Counting(), **options())  # type: ignore[arg-type]
+    assert [result.status for result in report.results] == ["done"] * 3
+    assert len(calls) == -(-report.tiles // 16)
+    alone = extract(picture, tmp_path / "one", MeanEncoder(), **options())  # type: ignore[arg-type]
+    expected = data_files(Path(alone.results[0].store))
+    for result in report.results:
+        assert data_files(Path(result.store)) == expected
+
+
+def test_a_slide_that_breaks_half_way_stops_no_other(
+    picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("b", "c"):
+        (picture.parent / f"{name}.png").write_bytes(picture.read_bytes())
+    plain = Slide.read_sampled
+    reads = []
+
+    def failing(self: Slide, sampling: Sampling, x: int, y: int, width: int, height: int) -> np.ndarray:
+        if self.name == "c" and (width, height) == (64, 64):
+            reads.append((x, y))
+            if len(reads) > 70:
+                raise SlideError("c.png ends early")
+        return plain(self, sampling, x, y, width, height)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Slide, "read_sampled", failing)
+        report = extract(picture.parent, tmp_path / "out", MeanEncoder(), **options())  # type: ignore[arg-type]
+    assert {result.slide_id: result.status for result in report.results} == {
+        "b": "done",
+        "c": "failed",
+        "picture": "done",
+    }
+    assert "ends early" in report.failed[0].message
+    assert sorted(os.listdir(tmp_path / "out")) == ["b.zarr", "c.zarr", "picture.zarr"]  # and no lease
+    again = extract(picture.parent, tmp_path / "out", MeanEncoder(), **options())  # type: ignore[arg-type]
+    assert [result.status for result in again.results] == ["already complete", "done", "already complete"]
+    assert data_files(tmp_path / "out" / "c.zarr") == data_files(tmp_path / "out" / "b.zarr")
+
+
+def test_an_encoder_that_fails_fails_every_slide(picture: Path, tmp_path: Path) -> None:
+    class Failing(MeanEncoder):
+        def encode(self, pixels: np.ndarray) -> np.ndarray:
+            raise EncoderError("the device is full")
+
+    (picture.parent / "b.png").write_bytes(picture.read_bytes())
+    report = extract(picture.parent, tmp_path / "out", Failing(), **options())  # type: ignore[arg-type]
+    assert [result.message for result in report.failed] == ["the device is full"] * 2
+    assert not list((tmp_path / "out").glob("*lease*"))
+
+
+def test_other_errors_are_not_hidden(picture: Path, tmp_path: Path) -> None:
+    class Broken(MeanEncoder):
+        def encode(self, pixels: np.ndarray) -> np.ndarray:
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        extract(picture, tmp_path / "out", Broken(), **options())  # type: ignore[arg-type]
+    assert not list((tmp_path / "out").glob("*lease*"))
+    assert not [t for t in threading.enumerate() if t.name.startswith(("tiles", "prepare", "writer", "lease"))]
+
+
+def test_the_number_of_tiles_is_guessed_from_sizes(picture: Path, tmp_path: Path) -> None:
+    sources = find_slides([picture], 0.5)
+    settings = ExtractSettings(GridSettings(0.5, 64), tissue=None)
+    assert guess_tiles(sources, settings) == round(1600 * 1200 / 64**2)
+    assert guess_tiles(sources, ExtractSettings(GridSettings(1.0, 64), tissue=None)) == round(1600 * 1200 / 128**2)
+    assert guess_tiles(sources, ExtractSettings(GridSettings(0.5, 64))) < guess_tiles(sources, settings)
+    (tmp_path / "bad.svs").write_bytes(b"no slide")
+    assert guess_tiles(find_slides([tmp_path / "bad.svs"]), settings) == 0
+
+
+def test_features_made_with_another_resampling_never_mix(picture: Path, tmp_path: Path) -> None:
+    extract(picture, tmp_path / "out", MeanEncoder(), **options())  # type: ignore[arg-type]
+    report = extract(picture, tmp_path / "out", MeanEncoder(), **options(exact_resample=True))  # type: ignore[arg-type]
+    assert "exact_resample False, now True" in report.failed[0].message

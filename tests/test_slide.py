@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -101,7 +102,8 @@ def test_overview_is_the_same_block_by_block(tissue_image: np.ndarray, monkeypat
     with open_slide(tissue_image, mpp=0.5) as slide:
         whole = slide.read_overview(2.0)
         monkeypatch.setattr("wsi_engine.slide._OVERVIEW_BLOCK", 200)
-        assert np.array_equal(slide.read_overview(2.0, workers=3), whole)
+        with ThreadPoolExecutor(3) as pool:
+            assert np.array_equal(slide.read_overview(2.0, pool), whole)
 
 
 def test_missing_scale_names_the_flag(tissue_image: np.ndarray) -> None:

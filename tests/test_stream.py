@@ -74,10 +74,15 @@ def test_memory_is_recycled(slide: Slide, grid: TileGrid) -> None:
     assert len(addresses) < 16
 
 
-def test_reads_only_the_batches_asked_for(slide: Slide, grid: TileGrid) -> None:
-    batches = list(stream_tiles(slide, grid, batch_size=10, batches=np.array([1, 4])))
-    assert [batch.index[0] for batch in batches] == [10, 40]
-    assert list(stream_tiles(slide, grid, batch_size=10, batches=np.array([], int))) == []
+def test_reads_only_the_rows_asked_for(slide: Slide, grid: TileGrid) -> None:
+    rows = np.array([3, 4, 9, *range(20, 31)])
+    batches = list(stream_tiles(slide, grid, batch_size=10, rows=rows))
+    assert np.array_equal(np.concatenate([batch.index for batch in batches]), rows)
+    for batch in batches:
+        for tile, row in zip(batch.pixels, batch.index, strict=True):
+            x, y = (int(v) for v in grid.origins[row])
+            assert np.array_equal(tile, slide.read_region(x, y, 64, 64, mpp=0.7))
+    assert list(stream_tiles(slide, grid, batch_size=10, rows=np.array([], int))) == []
 
 
 def test_reading_pauses_while_nobody_takes(slide: Slide, grid: TileGrid, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,7 +140,9 @@ def test_an_empty_grid_streams_nothing(slide: Slide) -> None:
     assert list(stream_tiles(slide, empty)) == []
 
 
-@pytest.mark.parametrize("options", [{"batch_size": 0}, {"workers": 0}, {"batches": np.array([10**6])}])
+@pytest.mark.parametrize(
+    "options", [{"batch_size": 0}, {"workers": 0}, {"rows": np.array([10**6])}, {"rows": np.array([2, 1])}]
+)
 def test_settings_are_checked_at_once(slide: Slide, grid: TileGrid, options: dict[str, int]) -> None:
     with pytest.raises(SettingsError):
         stream_tiles(slide, grid, **options)  # type: ignore[arg-type]

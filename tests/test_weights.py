@@ -61,8 +61,8 @@ def test_both_kinds_of_file_give_the_same_digest_and_features(
     )
     safetensors.torch.save_file(state, tmp_path / "w.safetensors")
 
-    pickled = create_encoder("resnet50", weights=str(tmp_path / "w.pt"), device="cpu")
-    plain = create_encoder("resnet50", weights=str(tmp_path / "w.safetensors"), device="cpu")
+    pickled = create_encoder("resnet50", weights=str(tmp_path / "w.pt"), device="cpu", precision="fp32")
+    plain = create_encoder("resnet50", weights=str(tmp_path / "w.safetensors"), device="cpu", precision="fp32")
 
     assert pickled.card.weights_digest == plain.card.weights_digest
     assert (pickled.card.weights, plain.card.weights) == ("file:w.pt", "file:w.safetensors")
@@ -188,7 +188,7 @@ def test_weights_that_do_not_fit_are_named(change: dict[str, Tensor | None], wor
 def test_another_networks_file_is_refused(tmp_path: Path) -> None:
     torch.save(timm.create_model("resnet18", pretrained=False).state_dict(), tmp_path / "resnet18.pt")
     with pytest.raises(WeightsError, match=r"wrong shape: layer1\.0\.conv1\.weight is 64×64×3×3 .* needs 64×64×1×1"):
-        create_encoder("resnet50", weights=str(tmp_path / "resnet18.pt"), device="cpu")
+        create_encoder("resnet50", weights=str(tmp_path / "resnet18.pt"), device="cpu", precision="fp32")
 
 
 # --- digest --------------------------------------------------------------------------------------------------
@@ -220,7 +220,7 @@ def test_digest_sees_values_not_storage() -> None:
 
 def test_random_weights_are_said_loudly(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, logger="wsi_engine"):
-        encoder = create_encoder("vit_tiny_patch16_224", weights="random:5", device="cpu")
+        encoder = create_encoder("vit_tiny_patch16_224", weights="random:5", device="cpu", precision="fp32")
     assert encoder.card.weights == "random:5"
     assert "RANDOM" in caplog.text
 
@@ -244,7 +244,7 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("offline")
 def test_offline_without_weights_names_the_ways_out(name: str) -> None:
     with pytest.raises(WeightsError) as caught:
-        create_encoder(name, device="cpu")
+        create_encoder(name, device="cpu", precision="fp32")
     text = str(caught.value)
     for words in (name, "go online", "--weights FILE", "--weights random:0", "--encoder texture"):
         assert words in text
@@ -257,7 +257,7 @@ def test_published_weights_are_loaded_and_recorded(
 ) -> None:
     safetensors.torch.save_file(resnet50.state_dict(), tmp_path / "model.safetensors")
     monkeypatch.setattr(weights_module, "fetch_weights", lambda card: tmp_path / "model.safetensors")
-    card = create_encoder("resnet50", device="cpu").card
+    card = create_encoder("resnet50", device="cpu", precision="fp32").card
     assert card.weights == "hub:timm/resnet50.tv_in1k"
     cut = {name: value for name, value in resnet50.state_dict().items() if not name.startswith(("fc.", "layer4."))}
     assert card.weights_digest == digest_state(cut)
@@ -273,7 +273,7 @@ def test_timms_published_files_and_computed_buffers_are_right(
     monkeypatch.setattr(weights_module, "fetch_weights", lambda card: tmp_path / "model.safetensors")
     network.reset_classifier(0)
     tiles = np.random.default_rng(0).integers(0, 256, (1, 224, 224, 3), dtype=np.uint8)
-    encoder = create_encoder(f"timm:{name}", device="cpu")
+    encoder = create_encoder(f"timm:{name}", device="cpu", precision="fp32")
     mean, std = torch.tensor(encoder.card.mean).view(3, 1, 1), torch.tensor(encoder.card.std).view(3, 1, 1)
     with torch.no_grad():
         expected = network((torch.from_numpy(tiles).permute(0, 3, 1, 2) / 255 - mean) / std)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import PurePosixPath
@@ -209,12 +209,12 @@ class Slide:
         assert isinstance(self._reader, ReducingReader)
         return self._reader.expect(sampling.level, boxes, sampling.reduce)
 
-    def read_overview(self, mpp: float, workers: int | None = None) -> RGBImage:
+    def read_overview(self, mpp: float, pool: Executor | None = None) -> RGBImage:
         """The whole slide at a coarse scale, read block by block so that memory follows the result's size.
 
         Args:
             mpp: micrometres per output pixel.
-            workers: reading threads; None for the number of usable cores.
+            pool: whose threads read; None for as many of its own as there are usable cores.
 
         Returns:
             uint8, (H, W, 3), from the slide's top-left corner; the last row and column are partly white where
@@ -233,9 +233,11 @@ class Slide:
             out[top : top + h, left : left + w] = self.read_sampled(sampling, x, y, w, h)
 
         corners = [(left, top) for top in range(0, height, block) for left in range(0, width, block)]
-        with ThreadPoolExecutor(workers or usable_cores(), "overview") as pool:
-            for _ in pool.map(fill, corners):
-                pass
+        if pool:
+            list(pool.map(fill, corners))
+        else:
+            with ThreadPoolExecutor(usable_cores(), "overview") as own:
+                list(own.map(fill, corners))
         return out
 
     def close(self) -> None:

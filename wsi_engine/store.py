@@ -15,6 +15,7 @@ handed out, and the mark is written last, by replacing one small file.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Iterator
@@ -250,6 +251,21 @@ class FeatureStore:
 
     def __repr__(self) -> str:
         return f"<FeatureStore {self.path}: encoders {', '.join(self.encoders()) or 'none'}>"
+
+
+def stored_precision(folder: Path, encoder: str) -> str | None:
+    """The precision of an encoder's features in the first store of a folder that has any, complete or not; else None.
+
+    A cohort is not to mix precisions unasked, so a run goes on in the one that was begun with.
+    """
+    for store in sorted(folder.glob("*.zarr")):
+        for state in ("values", "partial"):
+            try:
+                attrs = json.loads((store / "features" / features_key(encoder) / state / "zarr.json").read_text())
+                return str(attrs["attributes"]["precision"])
+            except (OSError, ValueError, KeyError, TypeError):
+                continue
+    return None
 
 
 def features_key(encoder: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from concurrent.futures import Executor
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
@@ -109,8 +110,8 @@ class TissueMask:
         return next((count.filter for count in self.counts if count.pixels_after == 0), "given mask")
 
 
-def detect_tissue(slide: Slide, settings: TissueSettings | None = None, workers: int | None = None) -> TissueMask:
-    """Find the tissue of a slide on a coarse overview of it.
+def detect_tissue(slide: Slide, settings: TissueSettings | None = None, pool: Executor | None = None) -> TissueMask:
+    """Find the tissue of a slide on a coarse overview of it, read by the threads of ``pool`` or of its own.
 
     Raises:
         ScaleError: the slide's scale is missing or not believable.
@@ -118,7 +119,7 @@ def detect_tissue(slide: Slide, settings: TissueSettings | None = None, workers:
     """
     settings = settings or TissueSettings()
     mpp = max(settings.mpp, *slide.mpp)
-    return find_tissue(slide.read_overview(mpp, workers), mpp, settings)
+    return find_tissue(slide.read_overview(mpp, pool), mpp, settings)
 
 
 def find_tissue(overview: RGBImage, mpp: float, settings: TissueSettings | None = None) -> TissueMask:

@@ -1,4 +1,4 @@
-"""Writing one encoder's features of one slide so that a kill at any instant loses at most the batch in flight.
+"""Writing one encoder's features of one slide so that a kill at any instant loses at most the batches in flight.
 
 While a slide is being encoded every batch is one chunk, that is one file, of the array ``partial``; a chunk appears
 whole or not at all. When all are there they are gathered into ``values``, and one replaced file marks it complete.
@@ -20,6 +20,8 @@ from wsi_engine.errors import FeatureError, MismatchError, StoreError
 from wsi_engine.grid import TileGrid
 from wsi_engine.store import FeatureStore, create_rows, features_key, storing
 from wsi_engine.version import __version__
+
+_IDENTITY = ("grid", "grid_digest", "precision", "dtype", "exact_resample")
 
 _CARD_IDENTITY = (
     "architecture",
@@ -44,6 +46,7 @@ class FeatureIdentity:
     grid: TileGrid
     precision: str
     dtype: Literal["float16", "float32"]
+    exact_resample: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """The attributes that a features array carries from its first batch."""
@@ -53,13 +56,14 @@ class FeatureIdentity:
             "grid_digest": self.grid.digest,
             "precision": self.precision,
             "dtype": self.dtype,
+            "exact_resample": self.exact_resample,
             "engine_version": __version__,
         }
 
     def differences(self, attrs: dict[str, Any]) -> list[str]:
         """How stored attributes differ from this identity, one phrase each."""
         mine = self.to_json()
-        pairs = [(name, attrs.get(name), mine[name]) for name in ("grid", "grid_digest", "precision", "dtype")]
+        pairs = [(name, attrs.get(name), mine[name]) for name in _IDENTITY]
         card = attrs.get("encoder", {})
         pairs += [(f"encoder {name}", card.get(name), mine["encoder"][name]) for name in _CARD_IDENTITY]
         return [f"{name} {_brief(had)}, now {_brief(has)}" for name, had, has in pairs if _plain(had) != _plain(has)]
@@ -80,6 +84,7 @@ class FeatureWriter:
         self._store = store
         self._identity = identity
         self._rows = len(identity.grid)
+        self._waiting: dict[int, tuple[NDArray[Any], int]] = {}
         self._group = store.group(f"features/{features_key(identity.card.name)}")
         self.complete = self._check("values", complete_only=True)
         self.batch_size = batch_size
@@ -88,24 +93,42 @@ class FeatureWriter:
         elif self._rows and self._check("partial"):
             self.batch_size = self._partial.chunks[0]
 
-    def missing_batches(self) -> NDArray[np.int64]:
-        """Numbers of the batches that are not stored yet, ascending; a torn one counts as missing."""
-        if self.complete or self._rows == 0:
+    def missing_rows(self) -> NDArray[np.int64]:
+        """Rows that are not stored yet, ascending: whole batches, a torn one among them."""
+        if self.complete:
             return np.empty(0, np.int64)
-        count = -(-self._rows // self.batch_size)
-        return np.array([b for b in range(count) if not self._has(b)], np.int64)
+        if not self._check("partial"):
+            return np.arange(self._rows)
+        batches = [np.arange(start, self._stop(start)) for start in range(0, self._rows, self.batch_size)]
+        return np.concatenate([np.empty(0, np.int64), *(rows for rows in batches if not self._has(rows))])
 
-    def write(self, batch: int, features: NDArray[np.float32]) -> None:
-        """Store one batch's features, (n, D).
+    def add(self, rows: NDArray[np.int64], features: NDArray[np.float32]) -> None:
+        """Take the features (n, D) of some rows; a batch is stored as soon as all of its rows are here.
+
+        Rows may come in any portions, each row once.
 
         Raises:
             FeatureError: a value is NaN, infinite, or beyond the stored type; the message names the tile.
             StoreError: the disk refuses.
         """
-        start = batch * self.batch_size
-        stored = self._convert(features, start)
-        with storing(self._store.path):
-            self._partial[start : start + len(stored)] = stored
+        numbers = rows // self.batch_size
+        for number in np.unique(numbers):
+            which = numbers == number
+            start = int(number) * self.batch_size
+            stored = self._convert(features[which], rows[which])
+            waiting, missing = self._waiting.pop(start, (None, self._stop(start) - start))
+            if waiting is None:
+                waiting = np.empty((missing, stored.shape[1]), self._identity.dtype)
+            waiting[rows[which] - start] = stored
+            if missing > len(stored):
+                self._waiting[start] = waiting, missing - len(stored)
+                continue
+            with storing(self._store.path):
+                self._partial[start : start + len(waiting)] = waiting
+
+    def _stop(self, start: int) -> int:
+        """End of the batch that begins at a row."""
+        return min(start + self.batch_size, self._rows)
 
     def finish(self, seconds: dict[str, float]) -> None:
         """Gather all batches into ``values`` and mark it complete. ``seconds`` per stage are kept with it.
@@ -165,27 +188,26 @@ class FeatureWriter:
             )
         return True
 
-    def _has(self, batch: int) -> bool:
-        start = batch * self.batch_size
+    def _has(self, rows: NDArray[np.int64]) -> bool:
         try:
-            rows = np.asarray(self._partial[start : min(start + self.batch_size, self._rows)])
+            stored = np.asarray(self._partial[int(rows[0]) : int(rows[-1]) + 1])
         except (ValueError, OSError, RuntimeError):  # a torn or rotten chunk is made again
             return False
-        return not np.isnan(rows).any()
+        return not np.isnan(stored).any()
 
-    def _convert(self, features: NDArray[np.float32], start: int) -> NDArray[Any]:
+    def _convert(self, features: NDArray[np.float32], rows: NDArray[np.int64]) -> NDArray[Any]:
         """Features in the stored type, after a look for what it cannot hold."""
         with np.errstate(over="ignore"):
             stored = features.astype(self._identity.dtype)
         bad = ~np.isfinite(stored).all(axis=1)
         if bad.any():
             row = int(np.flatnonzero(bad)[0])
-            x, y = self._identity.grid.origins[start + row]
+            x, y = self._identity.grid.origins[rows[row]]
             finite = np.isfinite(features[row]).all()
             what = "values beyond float16" if finite else "NaN or infinite values"
             cure = "use --dtype float32" if finite else "check the encoder's weights and precision"
             raise FeatureError(
-                f"{self._identity.card.name} gave {what} for tile {start + row} at level-0 ({x}, {y}) of "
+                f"{self._identity.card.name} gave {what} for tile {rows[row]} at level-0 ({x}, {y}) of "
                 f"{self._store.slide.name}: {cure}"
             )
         return stored

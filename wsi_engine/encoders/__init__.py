@@ -16,6 +16,7 @@ def create_encoder(
     weights: str | None = None,
     device: str = "auto",
     precision: str = "auto",
+    tiles: int | None = None,
 ) -> Encoder:
     """Make an encoder that is ready to encode.
 
@@ -24,7 +25,9 @@ def create_encoder(
         weights: None for the published weights, ``random:SEED`` for a smoke test, or the path of a
             ``.safetensors`` or ``.pt`` file.
         device: ``auto`` (a CUDA device where there is one), or a device by torch's name.
-        precision: ``auto`` or ``fp32``.
+        precision: ``auto`` (the fastest that the device computes in natively), ``fp32``, ``bf16`` or ``fp16``, and any
+            of them with ``+compile``.
+        tiles: how many tiles are to be encoded, about; ``auto`` compiles for a long job.
 
     Raises:
         EncoderError: the name is unknown or the device absent.
@@ -47,7 +50,7 @@ def create_encoder(
     from wsi_engine.encoders.deep import DeepEncoder  # noqa: PLC0415  # loads torch and timm
     from wsi_engine.encoders.timm_names import describe_timm  # noqa: PLC0415
 
-    return DeepEncoder(card or describe_timm(name), weights=weights, device=device, precision=precision)
+    return DeepEncoder(card or describe_timm(name), weights=weights, device=device, precision=precision, tiles=tiles)
 
 
 def _unknown(name: str) -> EncoderError:

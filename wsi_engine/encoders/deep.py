@@ -3,52 +3,109 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import logging
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from wsi_engine.encoders.base import EncoderCard
+from wsi_engine.encoders.precision import (
+    LEAST_COSINE,
+    Precision,
+    arithmetic,
+    choose_precision,
+    least_cosine,
+    lower_network,
+    probe_tiles,
+)
 from wsi_engine.encoders.weights import digest_state, load_backbone
 from wsi_engine.errors import EncoderError, SettingsError
+from wsi_engine.memory import keep_freed_memory
+from wsi_engine.workers import usable_cores
 
-PRECISIONS = ("auto", "fp32")
+log = logging.getLogger("wsi_engine")
 
 
 class DeepEncoder:
     """A network of the table or of timm, with its weights, ready to encode. One caller at a time."""
 
     def __init__(
-        self, card: EncoderCard, weights: str | None = None, device: str = "auto", precision: str = "auto"
+        self,
+        card: EncoderCard,
+        weights: str | None = None,
+        device: str = "auto",
+        precision: str = "auto",
+        tiles: int | None = None,
     ) -> None:
         """Build the network, load its weights and move it to the device.
+
+        A precision below fp32 is tried on tiles of real tissue first. Where its features differ from those in fp32
+        (cosine below :data:`~wsi_engine.encoders.precision.LEAST_COSINE`), ``auto`` falls back to fp32 with a warning.
 
         Args:
             card: what to build.
             weights: None for the published weights, ``random:SEED``, or the path of a file.
             device: ``auto`` (the first CUDA device, else the CPU) or a device by torch's name, such as ``cuda:1``.
-            precision: ``fp32``, or ``auto``, which is fp32 on every device so far.
+            precision: one of :data:`~wsi_engine.encoders.precision.PRECISIONS`.
+            tiles: how many tiles are to be encoded, about; ``auto`` compiles for a long job.
 
         Raises:
             WeightsError: the weights are missing, unreadable or of the wrong shape.
-            EncoderError: the device is absent or too small.
+            EncoderError: the device is absent or too small, or cannot compute in the precision.
         """
         self.device = choose_device(device)
-        self.precision = choose_precision(precision)
+        wanted = choose_precision(precision, self.device, tiles)
+        if self.device.type == "cpu":
+            keep_freed_memory()
+            torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))
         backbone, origin = load_backbone(card, weights)
         digest = digest_state(backbone.network.state_dict())
         self._card = dataclasses.replace(card, weights=origin, weights_digest=digest)
-        with self._explain_memory(f"The network {card.name} does not fit in the memory of {self.device}"):
+        with self._explain_memory(f"the network {card.name} does not fit in the memory of {self.device}"):
             backbone.requires_grad_(False).to(self.device)
             backbone.to(memory_format=torch.channels_last)
-        self._backbone = backbone
         self._mean = torch.tensor(card.mean, device=self.device).view(1, 3, 1, 1)
         self._std = torch.tensor(card.std, device=self.device).view(1, 3, 1, 1)
+        self._most = sys.maxsize
+        """Tiles that have been seen to fit in the device's memory at once, at most."""
+        self._backbone: nn.Module = backbone
+        self._precision = Precision()
+        if wanted != self._precision:
+            self._lower(wanted, fall_back=precision == "auto")
+
+    @property
+    def precision(self) -> str:
+        """Arithmetic that the features are computed in, such as ``fp32`` or ``bf16+compile``."""
+        return str(self._precision)
+
+    def _lower(self, wanted: Precision, fall_back: bool) -> None:
+        """Go to a lower precision if its features agree with fp32 on tissue."""
+        reference, name = self._backbone, self._card.name
+        pixels = probe_tiles(self._card.resize_px or self._card.input_px or 256)
+        with self._explain_memory(f"the network {name} does not fit in the memory of {self.device}"):
+            expected = self._run(pixels)
+            try:
+                self._backbone, self._precision = lower_network(reference, wanted), wanted
+                cosine = least_cosine(self._run(pixels), expected)
+            except torch._dynamo.exc.TorchDynamoException as error:
+                log.warning("%s cannot be compiled here (%s); it runs uncompiled", name, type(error).__name__)
+                self._backbone, self._precision = reference, Precision()
+                self._lower(dataclasses.replace(wanted, compiled=False), fall_back)
+                return
+        if cosine >= LEAST_COSINE:
+            return
+        why = f"{name} in {wanted} differs from fp32 on tissue (cosine {cosine:.4f}, at least {LEAST_COSINE} is needed)"
+        if not fall_back:
+            raise EncoderError(f"{why}; use --precision fp32")
+        log.warning("%s; it runs in fp32", why)
+        self._backbone, self._precision = reference, Precision()
 
     @property
     def card(self) -> EncoderCard:
@@ -68,21 +125,52 @@ class DeepEncoder:
             EncoderError: the batch does not fit in the memory of the device.
             SettingsError: the pixels are of another kind or shape.
         """
+        return self.submit(pixels)()
+
+    def submit(self, pixels: NDArray[np.uint8]) -> Callable[[], NDArray[np.float32]]:
+        """Start on a batch and return at once where the device works beside the processor.
+
+        Calling what is returned waits for the features; ``pixels`` must stay as they are until then. A CUDA device
+        copies from memory of :meth:`allocate` and computes while the caller goes on; the CPU computes here.
+
+        Raises:
+            EncoderError: not even one tile fits in the memory of the device.
+            SettingsError: the pixels are of another kind or shape.
+        """
         self._check(pixels)
         batch = f"{len(pixels)} tiles of {pixels.shape[2]} × {pixels.shape[1]} px"
-        with self._explain_memory(f"A batch of {batch} does not fit in the memory of {self.device}"):
-            features = self._run(pixels)
-        return features.cpu().numpy()
+        with self._explain_memory(f"a batch of {batch} does not fit in the memory of {self.device}"):
+            parts = self._run_fitting(pixels)
+        return lambda: torch.cat(parts).cpu().numpy()
+
+    def allocate(self, size: int) -> bytearray | memoryview:
+        """``size`` bytes for pixels; page-locked for a CUDA device, so that copies to it need not wait."""
+        if self.device.type != "cuda":
+            return bytearray(size)
+        pinned: NDArray[np.uint8] = torch.empty(size, dtype=torch.uint8, pin_memory=True).numpy()
+        return pinned.data
+
+    def _run_fitting(self, pixels: NDArray[np.uint8]) -> list[Tensor]:
+        """Features in one part, or in several where the device's memory does not hold them at once."""
+        while True:
+            try:
+                return [self._run(pixels[i : i + self._most]) for i in range(0, len(pixels), self._most)]
+            except torch.OutOfMemoryError:
+                if min(self._most, len(pixels)) == 1:
+                    raise
+                self._most = max(1, min(self._most, len(pixels)) // 2)
+                torch.cuda.empty_cache()
+                log.warning("%s does not fit in the memory of %s; going on with %d", "a batch", self.device, self._most)
 
     @torch.inference_mode()
     def _run(self, pixels: NDArray[np.uint8]) -> Tensor:
         """(B, H, W, 3) uint8 to (B, dim) float32 on the device."""
-        tiles = torch.from_numpy(np.require(pixels, requirements=["C", "W"])).to(self.device)
+        tiles = torch.from_numpy(np.require(pixels, requirements=["C", "W"]))
+        tiles = tiles.to(self.device, non_blocking=True)
         tiles = tiles.permute(0, 3, 1, 2).float()  # (B, 3, H, W), channels last in memory
         tiles = self._fit_size(tiles)
         tiles = tiles.div_(255).sub_(self._mean).div_(self._std)
-        # A lower precision belongs here: autocast around the backbone alone, its output brought back to float32.
-        with _plain_float32(self.device):
+        with arithmetic(self._precision, self.device):
             features: Tensor = self._backbone(tiles.contiguous(memory_format=torch.channels_last))
         return features.float()
 
@@ -151,25 +239,3 @@ def choose_device(device: str) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise EncoderError(f"device {device!r} is not available here; use `--device auto` or `--device cpu`") from error
     return chosen
-
-
-def choose_precision(precision: str) -> str:
-    """The precision of a name; ``auto`` is fp32."""
-    if precision not in PRECISIONS:
-        raise SettingsError(f"precision {precision!r} is unknown; use one of {', '.join(PRECISIONS)}")
-    return "fp32"
-
-
-@contextmanager
-def _plain_float32(device: torch.device) -> Iterator[None]:
-    """Full float32 in convolutions: cuDNN would otherwise round their inputs to ten bits (TF32)."""
-    if device.type != "cuda":
-        yield
-        return
-    cudnn = torch.backends.cudnn
-    before = cudnn.allow_tf32
-    cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        cudnn.allow_tf32 = before
