@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from wsi_engine.cli import console
+from wsi_engine.cli.bench import bench
 from wsi_engine.cli.demo import demo
 from wsi_engine.cli.encoders import encoders
 from wsi_engine.cli.export import export
@@ -47,4 +48,5 @@ app.command()(console.reporting(encoders))
 app.command()(console.reporting(extract))
 app.command("import")(console.reporting(import_))
 app.command("export")(console.reporting(export))
+app.command()(console.reporting(bench))
 app.command()(console.reporting(demo))

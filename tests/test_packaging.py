@@ -128,7 +128,7 @@ def test_exported_names_are_documented() -> None:
 FLOW = (
     "version", "errors", "clock", "bottleneck", "workers", "memory",
     "readers", "fingerprint", "sampling", "slide", "tissue", "grid", "feed", "stream", "inputs",
-    "encoders", "store", "writer", "lease", "jobs", "extraction", "formats", "picture",
+    "encoders", "store", "writer", "lease", "jobs", "extraction", "bench", "formats", "picture",
 )  # fmt: skip
 """Modules in the order of the flow: each imports only what stands before it."""
 

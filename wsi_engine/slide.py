@@ -90,6 +90,11 @@ class Slide:
         return self._reader.name
 
     @property
+    def backend(self) -> Reader:
+        """The reader itself, for what only one kind of reader can do."""
+        return self._reader
+
+    @property
     def dimensions(self) -> tuple[int, int]:
         """Width and height of level 0 in pixels."""
         return self.levels[0].width, self.levels[0].height

@@ -141,6 +141,22 @@ class TurboReader:
         with self._cache.plan((level, reduce), count_uses(boxes, tile, (tiled.across, tiled.down))):
             yield
 
+    def touched_tiles(self, level: int, boxes: NDArray[np.int64], reduce: int = 1) -> NDArray[np.int64]:
+        """Numbers of the compressed tiles that rectangles (N, 4) touch, as in :meth:`expect`, ascending."""
+        check_window(self._reduced(reduce), level, 0, 0, 1, 1)
+        tiled = self._tiled[level]
+        tile = tiled.tile_width // reduce, tiled.tile_height // reduce
+        return np.flatnonzero(count_uses(boxes, tile, (tiled.across, tiled.down)))
+
+    def read_jpeg(self, level: int, number: int) -> bytes:
+        """A compressed tile as a JPEG file of its own; empty where the slide leaves it out.
+
+        Raises:
+            SlideError: the tile cannot be read.
+        """
+        tiled = self._tiled[level]
+        return self._complete(level, self._fetch(tiled, level, number)) if tiled.counts[number] else b""
+
     def close(self) -> None:
         """Give back the file and the decoded tiles; reads under way still end well."""
         self._file = None
