@@ -18,6 +18,7 @@ def resample_area(
     scale_y: float,
     width: int,
     height: int,
+    out: NDArray[np.uint8] | None = None,
 ) -> NDArray[np.uint8]:
     """Resample a rectangle of an image so that output pixel (i, j) covers exactly its share of the source.
 
@@ -34,9 +35,10 @@ def resample_area(
         scale_y: the same along y.
         width: output pixels along x.
         height: output pixels along y.
+        out: uint8, (height, width, 3), C-contiguous: takes the result instead of fresh memory.
 
     Returns:
-        uint8, (height, width, 3), rounded to nearest.
+        uint8, (height, width, 3), rounded to nearest; ``out`` where given.
 
     Raises:
         ValueError: the source is not uint8 (h, w, 3) or a number is out of range.
@@ -49,9 +51,12 @@ def resample_area(
         raise ValueError(f"scales must be positive and positions finite, not {(left, top, scale_x, scale_y)}")
     if width < 1 or height < 1:
         raise ValueError(f"the output must have at least one pixel, not {width} × {height}")
+    if out is None:
+        out = np.empty((height, width, 3), np.uint8)
+    elif out.dtype != np.uint8 or out.shape != (height, width, 3) or not out.flags.c_contiguous:
+        raise ValueError(f"out must be a contiguous uint8 ({height}, {width}, 3) array, not {out.dtype} {out.shape}")
     first_x, weights_x = _axis_weights(width, left, scale_x)
     first_y, weights_y = _axis_weights(height, top, scale_y)
-    out = np.empty((height, width, 3), np.uint8)
     _resample(np.ascontiguousarray(source), first_x, weights_x, first_y, weights_y, out)
     return out
 

@@ -380,12 +380,14 @@ def test_a_slide_that_breaks_half_way_stops_no_other(
     plain = Slide.read_sampled
     reads = []
 
-    def failing(self: Slide, sampling: Sampling, x: int, y: int, width: int, height: int) -> np.ndarray:
+    def failing(
+        self: Slide, sampling: Sampling, x: int, y: int, width: int, height: int, *out: np.ndarray
+    ) -> np.ndarray:
         if self.name == "c" and (width, height) == (64, 64):
             reads.append((x, y))
             if len(reads) > 70:
                 raise SlideError("c.png ends early")
-        return plain(self, sampling, x, y, width, height)
+        return plain(self, sampling, x, y, width, height, *out)
 
     with monkeypatch.context() as patch:
         patch.setattr(Slide, "read_sampled", failing)

@@ -73,10 +73,10 @@ def test_a_broken_slide_stops_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
     sources = make_sources(6, 400, 6)
     plain = sources[1].slide.read_sampled
 
-    def failing(sampling: object, x: int, y: int, width: int, height: int) -> np.ndarray:
+    def failing(sampling: object, x: int, y: int, width: int, height: int, *out: np.ndarray) -> np.ndarray:
         if x == SIDE * 12:
             raise SlideError("tile 12 is torn")
-        return plain(sampling, x, y, width, height)  # type: ignore[arg-type]
+        return plain(sampling, x, y, width, height, *out)  # type: ignore[arg-type]
 
     monkeypatch.setattr(sources[1].slide, "read_sampled", failing)
     batches = run(sources)

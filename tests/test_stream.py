@@ -89,9 +89,11 @@ def test_reading_pauses_while_nobody_takes(slide: Slide, grid: TileGrid, monkeyp
     read = []
     plain = Slide.read_sampled
 
-    def counting(self: Slide, sampling: Sampling, x: int, y: int, width: int, height: int) -> np.ndarray:
+    def counting(
+        self: Slide, sampling: Sampling, x: int, y: int, width: int, height: int, *out: np.ndarray
+    ) -> np.ndarray:
         read.append((x, y))
-        return plain(self, sampling, x, y, width, height)
+        return plain(self, sampling, x, y, width, height, *out)
 
     monkeypatch.setattr(Slide, "read_sampled", counting)
     stream = stream_tiles(slide, grid, batch_size=4, workers=2)
@@ -109,10 +111,12 @@ def test_an_error_in_a_reader_reaches_the_caller(slide: Slide, grid: TileGrid, m
     plain = Slide.read_sampled
     broken = tuple(grid.origins[47])
 
-    def failing(self: Slide, sampling: Sampling, x: int, y: int, width: int, height: int) -> np.ndarray:
+    def failing(
+        self: Slide, sampling: Sampling, x: int, y: int, width: int, height: int, *out: np.ndarray
+    ) -> np.ndarray:
         if (x, y) == broken:
             raise SlideError("tile cannot be decoded")
-        return plain(self, sampling, x, y, width, height)
+        return plain(self, sampling, x, y, width, height, *out)
 
     monkeypatch.setattr(Slide, "read_sampled", failing)
     seen = 0

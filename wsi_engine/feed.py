@@ -10,7 +10,7 @@ import sys
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, Future
+from concurrent.futures import Executor, Future, wait
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -22,10 +22,10 @@ from wsi_engine.grid import TileGrid
 from wsi_engine.readers.base import BACKGROUND
 from wsi_engine.slide import Slide
 
-_TILES_PER_TASK = 4
+_TILES_PER_TASK = 16
 """Tiles that one thread reads before it asks for more: enough to make the asking cheap, few enough to share evenly."""
 
-_READ_AHEAD_BYTES = 256 * 2**20
+_READ_AHEAD_BYTES = 128 * 2**20
 """Bound on the pixels that wait for the consumer."""
 
 Allocate = Callable[[int], bytearray | memoryview]
@@ -61,15 +61,15 @@ class TileSource:
     def read_into(self, out: NDArray[np.uint8], rows: NDArray[np.int64]) -> None:
         """Read the tiles of some rows into the first places of ``out``."""
         side = self.grid.tile_px
-        for place, row in enumerate(rows):
+        corners = self.grid.origins[rows].tolist()
+        for place, (row, (x, y)) in enumerate(zip(rows.tolist(), corners, strict=True)):
             if row >= self._stop_row:
                 return
-            x, y = (int(v) for v in self.grid.origins[row])
             try:
-                out[place] = self.slide.read_sampled(self._sampling, x, y, side, side)
+                self.slide.read_sampled(self._sampling, x, y, side, side, out[place])
             except BaseException as error:
                 if row < self._stop_row:
-                    self._stop_row, self.error = int(row), error
+                    self._stop_row, self.error = row, error
                 return
 
     def error_at(self, rows: NDArray[np.int64]) -> BaseException | None:
@@ -165,7 +165,7 @@ class TileFeed:
         self._shape = (batch_size, tile_px, tile_px, 3)
         size = int(np.prod(self._shape))
         self._buffers = _Buffers(self._shape, allocate)
-        self._ahead = max(2, min(8, _READ_AHEAD_BYTES // size))
+        self._ahead = max(2, min(4, _READ_AHEAD_BYTES // size))
         self._waiting: deque[_Filling] = deque()
         self._open: _Filling | None = None
         self._current: _Reading | None = None
@@ -252,6 +252,7 @@ class TileFeed:
 
     def _finish(self, batch: _Filling) -> MixedBatch:
         """Wait until all tiles of a batch are there."""
+        wait(batch.tasks)  # once for all: each wake-up takes the interpreter from the readers
         for task in batch.tasks:
             task.result()
         parts = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -62,6 +63,18 @@ class Sampling:
             columns.append((low, high - low))
         (x, w), (y, h) = columns
         return np.stack([x, y, w, h], axis=1).astype(np.int64)
+
+    def box(self, x: int, y: int, width: int, height: int) -> tuple[int, int, int, int]:
+        """:meth:`boxes` of one rectangle, as plain numbers: thousands a second pass here."""
+        left, w = self._span(x, width, self.scale[0])
+        top, h = self._span(y, height, self.scale[1])
+        return left, top, w, h
+
+    def _span(self, start: int, size: int, scale: float) -> tuple[int, int]:
+        margin = 1.0 if scale < 1 else 0.0
+        begin = start / self.to_level
+        low = math.floor(begin - margin + _ROUNDING)
+        return low, math.ceil(begin + size * scale + margin - _ROUNDING) - low
 
 
 def choose_sampling(

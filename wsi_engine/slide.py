@@ -18,7 +18,7 @@ from wsi_engine.clock import StageClock
 from wsi_engine.errors import ScaleError, SettingsError
 from wsi_engine.fingerprint import fingerprint_source
 from wsi_engine.readers import open_reader
-from wsi_engine.readers.base import Level, Metadata, Reader, ReducingReader, RGBImage, is_url, local_path
+from wsi_engine.readers.base import DirectReader, Level, Metadata, Reader, RGBImage, is_url, local_path
 from wsi_engine.sampling import Sampling, choose_sampling
 from wsi_engine.workers import usable_cores
 
@@ -70,6 +70,7 @@ class Slide:
     ) -> None:
         self._source = source
         self._reader = reader
+        self._direct = reader if isinstance(reader, DirectReader) else None
         self._override = mpp_override
         self.clock = clock
         """Seconds spent reading, decoding and resampling so far."""
@@ -145,7 +146,7 @@ class Slide:
             return Sampling(0, 1.0, (1.0, 1.0))
         if not (mpp > 0 and math.isfinite(mpp)):
             raise SettingsError(f"mpp must be a positive number of micrometres per pixel, not {mpp}")
-        reductions = self._reader.reductions if isinstance(self._reader, ReducingReader) and not exact else (1,)
+        reductions = self._direct.reductions if self._direct and not exact else (1,)
         return choose_sampling(self.levels, self.mpp, mpp, reductions)
 
     def read_region(
@@ -178,24 +179,31 @@ class Slide:
             raise SettingsError(f"a region must have at least one pixel, not {width} × {height}")
         return self.read_sampled(self.sampling(mpp, exact), x, y, width, height)
 
-    def read_sampled(self, sampling: Sampling, x: int, y: int, width: int, height: int) -> RGBImage:
-        """:meth:`read_region` with the level and scale already chosen."""
-        box_x, box_y, box_w, box_h = (int(v) for v in sampling.boxes(np.array([[x, y]], np.int64), width, height)[0])
-        pixels = self._read(sampling, box_x, box_y, box_w, box_h)
-        left, top = sampling.corner(x, y)
-        left, top = left - box_x, top - box_y
+    def read_sampled(
+        self, sampling: Sampling, x: int, y: int, width: int, height: int, out: RGBImage | None = None
+    ) -> RGBImage:
+        """:meth:`read_region` with the level and scale already chosen; ``out`` takes the pixels where given."""
+        box_x, box_y, box_w, box_h = sampling.box(x, y, width, height)
         if (box_w, box_h) == (width, height) and sampling.scale == (1.0, 1.0):
-            return pixels
+            return self._read(sampling, box_x, box_y, box_w, box_h, out)
+        pixels = self._read(sampling, box_x, box_y, box_w, box_h, None)
+        left, top = sampling.corner(x, y)
         from wsi_engine.kernels.resample import resample_area  # noqa: PLC0415 - Numba loads only when it is needed
 
         with self.clock.measure("resample"):
-            return resample_area(pixels, left, top, *sampling.scale, width, height)
+            return resample_area(pixels, left - box_x, top - box_y, *sampling.scale, width, height, out)
 
-    def _read(self, sampling: Sampling, x: int, y: int, width: int, height: int) -> RGBImage:
-        if sampling.reduce == 1:
-            return self._reader.read(sampling.level, x, y, width, height)
-        assert isinstance(self._reader, ReducingReader)
-        return self._reader.read(sampling.level, x, y, width, height, sampling.reduce)
+    def _read(self, sampling: Sampling, x: int, y: int, width: int, height: int, out: RGBImage | None) -> RGBImage:
+        """Pixels of the reader, put into ``out`` where given."""
+        if self._direct:
+            target = np.empty((height, width, 3), np.uint8) if out is None else out
+            self._direct.read_into(target, sampling.level, x, y, sampling.reduce)
+            return target
+        pixels = self._reader.read(sampling.level, x, y, width, height)
+        if out is None:
+            return pixels
+        out[...] = pixels
+        return out
 
     def expect(
         self, sampling: Sampling, origins: NDArray[np.int64], width: int, height: int
@@ -209,10 +217,9 @@ class Slide:
             height: output pixels along y of each.
         """
         boxes = sampling.boxes(origins, width, height)
-        if sampling.reduce == 1:
-            return self._reader.expect(sampling.level, boxes)
-        assert isinstance(self._reader, ReducingReader)
-        return self._reader.expect(sampling.level, boxes, sampling.reduce)
+        if self._direct:
+            return self._direct.expect(sampling.level, boxes, sampling.reduce)
+        return self._reader.expect(sampling.level, boxes)
 
     def read_overview(self, mpp: float, pool: Executor | None = None) -> RGBImage:
         """The whole slide at a coarse scale, read block by block so that memory follows the result's size.

@@ -104,17 +104,17 @@ class Reader(Protocol):
 
 
 @runtime_checkable
-class ReducingReader(Reader, Protocol):
-    """A reader that can shrink a level while it decodes, for less than decoding all of it would cost.
+class DirectReader(Reader, Protocol):
+    """A reader that decodes into the caller's memory, and can shrink a level for less than decoding all of it costs.
 
-    ``reductions`` are the factors it knows, ascending from 1; rectangles are then in pixels of that size, of which a
-    level holds width // reduce by height // reduce.
+    ``reductions`` are the factors it can shrink by, ascending from 1; rectangles are then in pixels of that size, of
+    which a level holds width // reduce by height // reduce.
     """
 
     reductions: tuple[int, ...]
 
-    def read(self, level: int, x: int, y: int, width: int, height: int, reduce: int = 1) -> RGBImage:
-        """:meth:`Reader.read` at a reduction."""
+    def read_into(self, out: RGBImage, level: int, x: int, y: int, reduce: int = 1) -> None:
+        """:meth:`Reader.read` of a rectangle of the size of ``out``, uint8 (height, width, 3), into it."""
         ...
 
     def expect(self, level: int, boxes: NDArray[np.int64], reduce: int = 1) -> AbstractContextManager[None]:

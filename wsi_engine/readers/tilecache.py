@@ -121,10 +121,13 @@ class TileCache:
                     for key in [key for key in self._planned.sizes if key[0] == layer]:
                         self._drop(key)
 
-    def take_alone(self, key: Key) -> bool:
-        """Whether nobody else has the tile or will want it; if so the caller decodes it for itself, unshared."""
+    def take_alone(self, key: Key, *, otherwise: bool) -> bool:
+        """Whether nobody else has the tile or will want it; if so the caller decodes it for itself, unshared.
+
+        ``otherwise`` is the answer for a tile of which no use is announced.
+        """
         with self._lock:
-            return key not in self._slots and self._is_last_use(key, otherwise=True)
+            return key not in self._slots and self._is_last_use(key, otherwise=otherwise)
 
     def tile(self, key: Key, decode: Callable[[], RGBImage]) -> RGBImage:
         """The tile's pixels, made by ``decode`` unless another thread has them or is making them.

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from wsi_engine.clock import StageClock
 from wsi_engine.errors import SettingsError, SlideError
-from wsi_engine.readers.base import Level, Metadata, RGBImage
+from wsi_engine.readers.base import BACKGROUND, Level, Metadata, RGBImage
 from wsi_engine.readers.jpeg import JpegError
 from wsi_engine.readers.tiffindex import ADVICE, TiledLevel, read_index
 from wsi_engine.readers.tilecache import Layer, TileCache, count_uses
@@ -69,6 +69,7 @@ class TurboReader:
         self._by_reduction = {reduce: tuple(_shrink(lv, reduce) for lv in self._levels) for reduce in self.reductions}
         self._headers: list[tuple[bytes, bytes] | None] = [None] * len(self._tiled)
         self._cache = TileCache()
+        self._memory = threading.local()
         self._count_lock = threading.Lock()
         self.tiles_decoded = 0
         """Compressed tiles decoded so far, by all threads."""
@@ -98,18 +99,31 @@ class TurboReader:
             SlideError: a tile cannot be read or decoded, there is no such level, or the reader is closed.
             SettingsError: width or height is less than 1, or there is no such reduction.
         """
-        left, top, right, bottom = inside = check_window(self._reduced(reduce), level, x, y, width, height)
+        out = np.empty((max(height, 0), max(width, 0), 3), np.uint8)
+        self.read_into(out, level, x, y, reduce)
+        return out
+
+    def read_into(self, out: RGBImage, level: int, x: int, y: int, reduce: int = 1) -> None:
+        """:meth:`read` of a rectangle of the size of ``out``, uint8 (height, width, 3), into it."""
+        height, width = out.shape[:2]
+        inside = check_window(self._reduced(reduce), level, x, y, width, height)
         self._open_file()
         layer, tiled = (level, reduce), self._tiled[level]
         tile_width, tile_height, across = tiled.tile_width // reduce, tiled.tile_height // reduce, tiled.across
-        whole = right - left == width and bottom - top == height
-        if whole and (width, height) == (tile_width, tile_height) and not (left % tile_width or top % tile_height):
-            number = top // tile_height * across + left // tile_width
-            if self._cache.take_alone((layer, number)):
-                return self._decode(layer, number)
-        out = np.empty((height, width, 3), np.uint8) if whole else white_image(width, height)
+        whole = inside.right - inside.left == width and inside.bottom - inside.top == height
+        if whole and (width, height) == (tile_width, tile_height) and not (x % tile_width or y % tile_height):
+            number = y // tile_height * across + x // tile_width
+            if self._cache.take_alone((layer, number), otherwise=True):
+                if out.flags.c_contiguous:
+                    self._decode(layer, number, out)
+                else:
+                    out[...] = self._decode(layer, number, self._scratch(layer))
+                return
+        if not whole:
+            out[...] = BACKGROUND
         if inside.empty:
-            return out
+            return
+        left, top, right, bottom = inside
         for row in range(top // tile_height, -(-bottom // tile_height)):
             tile_top = row * tile_height
             y0, y1 = max(top, tile_top), min(bottom, tile_top + tile_height)
@@ -119,7 +133,6 @@ class TurboReader:
                 pixels = self._tile(layer, row * across + column)
                 part = pixels[y0 - tile_top : y1 - tile_top, x0 - tile_left : x1 - tile_left]
                 out[y0 - y : y1 - y, x0 - x : x1 - x] = part
-        return out
 
     @contextmanager
     def expect(self, level: int, boxes: NDArray[np.int64], reduce: int = 1) -> Iterator[None]:
@@ -169,18 +182,34 @@ class TurboReader:
         return self._by_reduction[reduce]
 
     def _tile(self, layer: Layer, number: int) -> RGBImage:
+        """A tile's pixels, to be copied from before this thread asks for the next."""
+        if self._cache.take_alone((layer, number), otherwise=False):
+            return self._decode(layer, number, self._scratch(layer))
         return self._cache.tile((layer, number), lambda: self._decode(layer, number))
 
-    def _decode(self, layer: Layer, number: int) -> RGBImage:
-        """A whole tile, uint8 (tile height, tile width, 3) over the reduction, fresh."""
+    def _scratch(self, layer: Layer) -> RGBImage:
+        """Memory of this thread for a tile that nobody else wants: fresh memory costs a page fault every 4 KiB."""
+        shape = self._tile_shape(layer)
+        pixels: RGBImage | None = getattr(self._memory, "pixels", None)
+        if pixels is None or pixels.shape != shape:
+            pixels = self._memory.pixels = np.empty(shape, np.uint8)
+        return pixels
+
+    def _tile_shape(self, layer: Layer) -> tuple[int, int, int]:
+        level, reduce = layer
+        return self._tiled[level].tile_height // reduce, self._tiled[level].tile_width // reduce, 3
+
+    def _decode(self, layer: Layer, number: int, out: RGBImage | None = None) -> RGBImage:
+        """A whole tile, uint8 (tile height, tile width, 3) over the reduction: in ``out``, or fresh."""
         level, reduce = layer
         tiled = self._tiled[level]
+        pixels = np.empty(self._tile_shape(layer), np.uint8) if out is None else out
         if not tiled.counts[number]:
-            return self._missing(level, number, reduce)
+            pixels[...] = self._missing(level, number, reduce)
+            return pixels
         start = time.perf_counter()
         stream = self._fetch(tiled, level, number)
         fetched = time.perf_counter()
-        pixels = np.empty((tiled.tile_height // reduce, tiled.tile_width // reduce, 3), np.uint8)
         try:
             _decompress(self._complete(level, stream), pixels)
         except JpegError as error:
