@@ -6,21 +6,55 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from wsi_engine.kernels._threads import set_thread_count, thread_count
+    from wsi_engine.kernels.contours import Contours, trace_contours
+    from wsi_engine.kernels.distance import distance_transform
     from wsi_engine.kernels.filters import median_blur, rgb_saturation, summed_area
+    from wsi_engine.kernels.morphology import close_disk, dilate, erode, open_disk
     from wsi_engine.kernels.otsu import otsu_threshold
+    from wsi_engine.kernels.regions import RegionTable, measure_regions
     from wsi_engine.kernels.resample import resample_area
     from wsi_engine.kernels.stains import unmix_stains
 
 _HOMES = {
+    "Contours": "contours",
+    "RegionTable": "regions",
+    "close_disk": "morphology",
+    "dilate": "morphology",
+    "distance_transform": "distance",
+    "erode": "morphology",
+    "measure_regions": "regions",
     "median_blur": "filters",
+    "open_disk": "morphology",
     "otsu_threshold": "otsu",
     "resample_area": "resample",
     "rgb_saturation": "filters",
+    "set_thread_count": "_threads",
     "summed_area": "filters",
+    "thread_count": "_threads",
+    "trace_contours": "contours",
     "unmix_stains": "stains",
 }
 
-__all__ = ["median_blur", "otsu_threshold", "resample_area", "rgb_saturation", "summed_area", "unmix_stains"]
+__all__ = [
+    "Contours",
+    "RegionTable",
+    "close_disk",
+    "dilate",
+    "distance_transform",
+    "erode",
+    "measure_regions",
+    "median_blur",
+    "open_disk",
+    "otsu_threshold",
+    "resample_area",
+    "rgb_saturation",
+    "set_thread_count",
+    "summed_area",
+    "thread_count",
+    "trace_contours",
+    "unmix_stains",
+]
 
 
 def __getattr__(name: str) -> Any:
