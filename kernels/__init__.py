@@ -10,11 +10,13 @@ if TYPE_CHECKING:
     from wsi_engine.kernels.contours import Contours, trace_contours
     from wsi_engine.kernels.distance import distance_transform
     from wsi_engine.kernels.filters import median_blur, rgb_saturation, summed_area
+    from wsi_engine.kernels.labels import fill_holes, label, relabel, remove_small
     from wsi_engine.kernels.morphology import close_disk, dilate, erode, open_disk
     from wsi_engine.kernels.otsu import otsu_threshold
     from wsi_engine.kernels.regions import RegionTable, measure_regions
     from wsi_engine.kernels.resample import resample_area
     from wsi_engine.kernels.stains import unmix_stains
+    from wsi_engine.kernels.watershed import watershed
 
 _HOMES = {
     "Contours": "contours",
@@ -23,10 +25,14 @@ _HOMES = {
     "dilate": "morphology",
     "distance_transform": "distance",
     "erode": "morphology",
+    "fill_holes": "labels",
+    "label": "labels",
     "measure_regions": "regions",
     "median_blur": "filters",
     "open_disk": "morphology",
     "otsu_threshold": "otsu",
+    "relabel": "labels",
+    "remove_small": "labels",
     "resample_area": "resample",
     "rgb_saturation": "filters",
     "set_thread_count": "_threads",
@@ -34,6 +40,7 @@ _HOMES = {
     "thread_count": "_threads",
     "trace_contours": "contours",
     "unmix_stains": "stains",
+    "watershed": "watershed",
 }
 
 __all__ = [
@@ -43,10 +50,14 @@ __all__ = [
     "dilate",
     "distance_transform",
     "erode",
+    "fill_holes",
+    "label",
     "measure_regions",
     "median_blur",
     "open_disk",
     "otsu_threshold",
+    "relabel",
+    "remove_small",
     "resample_area",
     "rgb_saturation",
     "set_thread_count",
@@ -54,6 +65,7 @@ __all__ = [
     "thread_count",
     "trace_contours",
     "unmix_stains",
+    "watershed",
 ]
 
 
