@@ -11,7 +11,7 @@ from skimage.segmentation import watershed as skimage_watershed
 from benchmarks._common import Case
 from wsi_engine.kernels.distance import distance_transform
 from wsi_engine.kernels.labels import fill_holes, label, remove_small
-from wsi_engine.kernels.watershed import watershed
+from wsi_engine.kernels.watersheds import watershed
 
 SQUARE = np.ones((3, 3), bool)
 DISK_7 = np.hypot(*np.mgrid[-7:8, -7:8]) <= 7

@@ -11,12 +11,15 @@ if TYPE_CHECKING:
     from wsi_engine.kernels.distance import distance_transform
     from wsi_engine.kernels.filters import median_blur, rgb_saturation, summed_area
     from wsi_engine.kernels.labels import fill_holes, label, relabel, remove_small
+    from wsi_engine.kernels.maxima import local_maxima
     from wsi_engine.kernels.morphology import close_disk, dilate, erode, open_disk
+    from wsi_engine.kernels.nuclei import nuclei_from_attention
     from wsi_engine.kernels.otsu import otsu_threshold
     from wsi_engine.kernels.regions import RegionTable, measure_regions
     from wsi_engine.kernels.resample import resample_area
+    from wsi_engine.kernels.smoothing import gaussian, local_threshold
     from wsi_engine.kernels.stains import unmix_stains
-    from wsi_engine.kernels.watershed import watershed
+    from wsi_engine.kernels.watersheds import watershed
 
 _HOMES = {
     "Contours": "contours",
@@ -26,9 +29,13 @@ _HOMES = {
     "distance_transform": "distance",
     "erode": "morphology",
     "fill_holes": "labels",
+    "gaussian": "smoothing",
     "label": "labels",
+    "local_maxima": "maxima",
+    "local_threshold": "smoothing",
     "measure_regions": "regions",
     "median_blur": "filters",
+    "nuclei_from_attention": "nuclei",
     "open_disk": "morphology",
     "otsu_threshold": "otsu",
     "relabel": "labels",
@@ -40,7 +47,7 @@ _HOMES = {
     "thread_count": "_threads",
     "trace_contours": "contours",
     "unmix_stains": "stains",
-    "watershed": "watershed",
+    "watershed": "watersheds",
 }
 
 __all__ = [
@@ -51,9 +58,13 @@ __all__ = [
     "distance_transform",
     "erode",
     "fill_holes",
+    "gaussian",
     "label",
+    "local_maxima",
+    "local_threshold",
     "measure_regions",
     "median_blur",
+    "nuclei_from_attention",
     "open_disk",
     "otsu_threshold",
     "relabel",

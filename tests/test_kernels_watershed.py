@@ -12,7 +12,7 @@ from scipy import ndimage
 from skimage import segmentation
 
 from wsi_engine.kernels._threads import set_thread_count
-from wsi_engine.kernels.watershed import watershed
+from wsi_engine.kernels.watersheds import watershed
 from wsi_engine.synthetic import SlideSpec, SyntheticSlide
 
 STEPS = [(-1, 0), (0, -1), (0, 1), (1, 0), (-1, -1), (-1, 1), (1, -1), (1, 1)]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import os
 import subprocess
 import sys
 import tomllib
+import types
 import zipfile
 from pathlib import Path
 
@@ -172,3 +174,13 @@ def test_the_engine_does_not_know_its_command_line() -> None:
     for folder in ("", "readers", "encoders", "formats", "kernels", "models"):
         for file in modules(ROOT / "wsi_engine" / folder):
             assert not any(one.startswith("wsi_engine.cli") for one in imports_of(file)), file
+
+
+@pytest.mark.parametrize("package", ["wsi_engine", "wsi_engine.kernels", "wsi_engine.models"])
+def test_no_module_hides_a_name(package: str) -> None:
+    """Importing a module makes it an attribute of its package, in place of a function of the same name."""
+    loaded = importlib.import_module(package)
+    modules_there = {path.stem for path in (ROOT / package.replace(".", "/")).glob("*.py")}
+    for name in set(getattr(loaded, "__all__", [])) & modules_there:
+        assert isinstance(getattr(loaded, name), types.ModuleType), name
+        assert loaded._HOMES.get(name) is None, name
