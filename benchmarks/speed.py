@@ -47,6 +47,7 @@ class Row:
 
 def reading(tiles: int, repeats: int) -> list[Row]:
     """Turbo against OpenSlide and Pillow by one thread, and against the bare decoder by two."""
+    keep_freed_memory()  # for both sides
     path = str(big_slide())
     rows = []
     for mpp, target in ((0.25, 5.0), (0.5, 9.0)):

@@ -11,14 +11,17 @@ if TYPE_CHECKING:
     from wsi_engine.kernels.distance import distance_transform
     from wsi_engine.kernels.filters import median_blur, rgb_saturation, summed_area
     from wsi_engine.kernels.labels import fill_holes, label, relabel, remove_small
+    from wsi_engine.kernels.macenko import estimate_stains
     from wsi_engine.kernels.maxima import local_maxima
     from wsi_engine.kernels.morphology import close_disk, dilate, erode, open_disk
     from wsi_engine.kernels.nuclei import nuclei_from_attention
     from wsi_engine.kernels.otsu import otsu_threshold
+    from wsi_engine.kernels.reconstruction import reconstruct
     from wsi_engine.kernels.regions import RegionTable, measure_regions
     from wsi_engine.kernels.resample import resample_area
     from wsi_engine.kernels.smoothing import gaussian, local_threshold
     from wsi_engine.kernels.stains import unmix_stains
+    from wsi_engine.kernels.summits import h_maxima
     from wsi_engine.kernels.watersheds import watershed
 
 _HOMES = {
@@ -28,8 +31,10 @@ _HOMES = {
     "dilate": "morphology",
     "distance_transform": "distance",
     "erode": "morphology",
+    "estimate_stains": "macenko",
     "fill_holes": "labels",
     "gaussian": "smoothing",
+    "h_maxima": "summits",
     "label": "labels",
     "local_maxima": "maxima",
     "local_threshold": "smoothing",
@@ -38,6 +43,7 @@ _HOMES = {
     "nuclei_from_attention": "nuclei",
     "open_disk": "morphology",
     "otsu_threshold": "otsu",
+    "reconstruct": "reconstruction",
     "relabel": "labels",
     "remove_small": "labels",
     "resample_area": "resample",
@@ -57,8 +63,10 @@ __all__ = [
     "dilate",
     "distance_transform",
     "erode",
+    "estimate_stains",
     "fill_holes",
     "gaussian",
+    "h_maxima",
     "label",
     "local_maxima",
     "local_threshold",
@@ -67,6 +75,7 @@ __all__ = [
     "nuclei_from_attention",
     "open_disk",
     "otsu_threshold",
+    "reconstruct",
     "relabel",
     "remove_small",
     "resample_area",

@@ -23,6 +23,7 @@ from wsi_engine.encoders.base import Encoder
 from wsi_engine.errors import SettingsError, WsiError
 from wsi_engine.extraction import extract
 from wsi_engine.grid import TileGrid, lay_grid
+from wsi_engine.memory import keep_freed_memory
 from wsi_engine.readers.turbo import TurboReader
 from wsi_engine.slide import Slide, open_slide
 from wsi_engine.stream import stream_tiles
@@ -102,6 +103,7 @@ def run_bench(
     """
     if tiles < 1 or repeats < 1:
         raise SettingsError(f"--tiles and --repeats must be at least 1, not {tiles} and {repeats}")
+    keep_freed_memory()  # as in an extraction, whose buffers live from its first slide to its last
     with open_slide(source, slide_mpp) as slide:
         grid = some_tiles(slide, lay_grid(slide, mpp=mpp, tile_px=tile_px), tiles)
         reader = slide.reader

@@ -71,8 +71,8 @@ class DeepEncoder:
         with self._explain_memory(f"the network {card.name} does not fit in the memory of {self.device}"):
             backbone.requires_grad_(False).to(self.device)
             backbone.to(memory_format=torch.channels_last)
-        self._mean = torch.tensor(card.mean, device=self.device).view(1, 3, 1, 1)
-        self._std = torch.tensor(card.std, device=self.device).view(1, 3, 1, 1)
+        self._mean = 255 * torch.tensor(card.mean, device=self.device).view(1, 3, 1, 1)
+        self._gain = 1 / (255 * torch.tensor(card.std, device=self.device).view(1, 3, 1, 1))
         self._most = sys.maxsize
         """Tiles that have been seen to fit in the device's memory at once, at most."""
         self._backbone: nn.Module = backbone
@@ -169,7 +169,7 @@ class DeepEncoder:
         tiles = tiles.to(self.device, non_blocking=True)
         tiles = tiles.permute(0, 3, 1, 2).float()  # (B, 3, H, W), channels last in memory
         tiles = self._fit_size(tiles)
-        tiles = tiles.div_(255).sub_(self._mean).div_(self._std)
+        tiles = tiles.sub_(self._mean).mul_(self._gain)
         with arithmetic(self._precision, self.device):
             features: Tensor = self._backbone(tiles.contiguous(memory_format=torch.channels_last))
         return features.float()

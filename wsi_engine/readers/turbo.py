@@ -216,8 +216,7 @@ class TurboReader:
             raise self._damage(level, number, f"it {error}") from error
         except ValueError as error:
             raise self._damage(level, number, str(error)) from error
-        self.clock.add("read", fetched - start)
-        self.clock.add("decode", time.perf_counter() - fetched)
+        self.clock.add_read(fetched - start, time.perf_counter() - fetched)
         with self._count_lock:
             self.tiles_decoded += 1
         return pixels
