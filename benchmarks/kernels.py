@@ -23,6 +23,7 @@ from skimage.segmentation import watershed
 from benchmarks import kernels_labels, kernels_maxima, kernels_morphology, kernels_regions
 from benchmarks._common import Case, Timing, describe_machine, time_pair
 from wsi_engine import kernels
+from wsi_engine.memory import keep_freed_memory
 from wsi_engine.synthetic import SlideSpec, SyntheticSlide
 
 SIDE = 2048
@@ -96,6 +97,7 @@ def main() -> None:
     options = parser.parse_args()
     print(describe_machine())
     print(f"NumPy {np.__version__}, SciPy {scipy.__version__}, scikit-image {skimage.__version__}", flush=True)
+    keep_freed_memory()  # for both sides, as in an engine's process
     kernels.set_thread_count(1)
     timings = []
     for case in all_cases():

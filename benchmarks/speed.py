@@ -101,9 +101,9 @@ def encoding(repeats: int, compiled: bool) -> list[Row]:
     return rows
 
 
-def end_to_end(tiles: int | None) -> list[Row]:
-    """Whole processes: ``wsi extract`` against the plain loop on the same tiles."""
-    path = big_slide()
+def end_to_end(side: int, tiles: int | None) -> list[Row]:
+    """Whole processes, start-up included: ``wsi extract`` against the plain loop on the same tiles."""
+    path = big_slide(side)
     with open_slide(path) as slide, tempfile.TemporaryDirectory() as folder:
         grid = lay_grid(slide, mpp=0.5, tissue=None)
         if tiles:
@@ -171,7 +171,7 @@ def main() -> None:
         "encoding": lambda: encoding(repeats, not options.quick),
         "limits": lambda: limits(128 if options.quick else 512, min(repeats, 3)),
         "many_slides": lambda: many_slides(1 if options.quick else 2),
-        "end_to_end": lambda: end_to_end(128 if options.quick else None),
+        "end_to_end": lambda: end_to_end(16_384, 128) if options.quick else end_to_end(24_576, None),
     }
     print(describe_machine(), flush=True)
     print(f"torch {torch.__version__}, timm {timm.__version__}", flush=True)

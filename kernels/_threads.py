@@ -51,18 +51,30 @@ def run_parallel(function: Callable[..., R], tasks: Iterable[tuple[object, ...]]
     todo = list(tasks)
     if len(todo) < 2 or thread_count() == 1 or getattr(_inside, "task", False):
         return [function(*task) for task in todo]
+    results: dict[int, R] = {}
+    errors: dict[int, BaseException] = {}
+    order = itertools.count()  # handing out the next number is one step of the interpreter
 
-    def run(task: tuple[object, ...]) -> R:
+    def work() -> None:
         _inside.task = True
         try:
-            return function(*task)
+            while (k := next(order)) < len(todo):
+                try:
+                    results[k] = function(*todo[k])
+                except BaseException as error:
+                    errors[k] = error
         finally:
             _inside.task = False
 
-    futures = [_shared_pool().submit(run, task) for task in todo]
-    for future in futures:
-        future.exception()
-    return [future.result() for future in futures]
+    # The caller works too: handing everything over would cost a wake-up more.
+    others = [_shared_pool().submit(work) for _ in range(min(thread_count(), len(todo)) - 1)]
+    work()
+    for other in others:
+        if not other.cancel():
+            other.result()
+    if errors:
+        raise errors[min(errors)]
+    return [results[k] for k in range(len(todo))]
 
 
 def split_rows(rows: int, least: int = 64) -> list[tuple[int, int]]:
