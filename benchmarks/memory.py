@@ -12,11 +12,12 @@ from numpy.typing import NDArray
 
 from benchmarks._common import describe_machine
 from benchmarks.slides import big_slide
-from wsi_engine import extract
+from wsi_engine import TissueMask, extract
 from wsi_engine.encoders.base import EncoderCard
 
-STRIDES = (512, 36)
-"""At 0.25 mpp on 16,384² px: a thousand tiles, and two hundred thousand that overlap."""
+STRIDE_PX = 36
+BANDS_PX = (328, 16_384)
+"""Heights of tissue at 0.25 mpp, 16,384 px wide: of tiles that overlap, a thousand and two hundred thousand."""
 
 
 class MeanEncoder:
@@ -32,17 +33,20 @@ class MeanEncoder:
 
 
 def main() -> None:
-    """Run each stride in a process of its own and print its peak."""
+    """Run each in a process of its own and print its peak."""
     if len(sys.argv) > 1:
+        mask = np.zeros((512, 512), bool)  # of 8 µm
+        mask[: int(sys.argv[1]) // 32] = True
         with tempfile.TemporaryDirectory() as out:
-            report = extract(big_slide(), out, MeanEncoder(), mpp=0.25, stride_px=int(sys.argv[1]), tissue=None)
+            settings = {"mpp": 0.25, "stride_px": STRIDE_PX, "min_tissue": 0.9}
+            report = extract(big_slide(), out, MeanEncoder(), tissue=TissueMask(mask, 8.0), **settings)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         print(f"{report.tiles} {peak:.0f} {report.wall_seconds:.1f}")
         return
     print(describe_machine())
     first = 0.0
-    for stride in STRIDES:
-        command = [sys.executable, "-m", "benchmarks.memory", str(stride)]
+    for height in BANDS_PX:
+        command = [sys.executable, "-m", "benchmarks.memory", str(height)]
         tiles, peak, wall = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
         first = first or float(peak)
         print(f"| {int(tiles):,} tiles | {peak} MiB | {float(peak) / first:.2f} of the first | {wall} s |", flush=True)

@@ -17,7 +17,7 @@ def big_slide(side: int = 16_384) -> Path:
     return _written(FOLDER / f"ihc-{side}.svs", side, 0)
 
 
-def small_slides(count: int = 20, side: int = 3_584) -> Path:
+def small_slides(count: int = 20, side: int = 4_096) -> Path:
     """A folder of small slides of the same texture."""
     folder = FOLDER / f"small-{count}x{side}"
     for number in range(count):

@@ -42,10 +42,15 @@ def test_links_resolve() -> None:
         assert link.resolve() == ROOT / name
 
 
+FOLDERS = ("", "readers", "encoders", "formats", "metrics", "kernels", "models", "models/heads")
+"""Folders of modules inside the package, but for the command line."""
+
+
 def test_the_list_of_packages_is_complete() -> None:
     config = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     top = ROOT / "wsi_engine"
-    there = {"wsi_engine"} | {f"wsi_engine.{path.name}" for path in top.iterdir() if (path / "__init__.py").exists()}
+    folders = [path.parent for depth in ("", "*/", "*/*/") for path in top.glob(f"{depth}__init__.py")]
+    there = {".".join(("wsi_engine", *folder.relative_to(top).parts)) for folder in folders}
     assert set(config["packages"]) == there
     assert config["package-dir"] == {f"wsi_engine.{name}": name for name in ("kernels", "models", "cli")}
 
@@ -79,7 +84,7 @@ def test_a_built_wheel_holds_every_module_and_imports(wheel: Path, tmp_path: Pat
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
         archive.extractall(tmp_path)
-    for folder in ("", "readers", "encoders", "formats", "kernels", "models", "cli"):
+    for folder in (*FOLDERS, "cli"):
         for path in modules(ROOT / "wsi_engine" / folder):
             assert str(Path("wsi_engine", folder, path.name)) in names
     assert "wsi_engine/py.typed" in names
@@ -128,7 +133,7 @@ def test_exported_names_are_documented() -> None:
 
 
 FLOW = (
-    "version", "errors", "clock", "bottleneck", "workers", "memory",
+    "version", "errors", "metrics", "clock", "bottleneck", "workers", "memory",
     "readers", "fingerprint", "sampling", "slide", "tissue", "grid", "feed", "stream", "inputs",
     "encoders", "store", "writer", "lease", "jobs", "extraction", "bench", "formats", "picture",
 )  # fmt: skip
@@ -152,7 +157,7 @@ def test_modules_import_only_what_lies_upstream() -> None:
 
 def test_every_module_has_its_place() -> None:
     there = {path.stem for path in modules(ROOT / "wsi_engine")} - {"__init__"}
-    there |= {"readers", "encoders", "formats"}
+    there |= {"readers", "encoders", "formats", "metrics"}
     assert {name for name in there if not name.startswith("synthetic")} <= {*FLOW, *SIDE}
     assert set(FLOW) <= there
 
@@ -171,16 +176,16 @@ def test_kernels_and_models_never_meet() -> None:
 
 
 def test_the_engine_does_not_know_its_command_line() -> None:
-    for folder in ("", "readers", "encoders", "formats", "kernels", "models"):
+    for folder in FOLDERS:
         for file in modules(ROOT / "wsi_engine" / folder):
             assert not any(one.startswith("wsi_engine.cli") for one in imports_of(file)), file
 
 
-@pytest.mark.parametrize("package", ["wsi_engine", "wsi_engine.kernels", "wsi_engine.models"])
+@pytest.mark.parametrize("package", ["wsi_engine", "wsi_engine.kernels", "wsi_engine.metrics", "wsi_engine.models"])
 def test_no_module_hides_a_name(package: str) -> None:
     """Importing a module makes it an attribute of its package, in place of a function of the same name."""
     loaded = importlib.import_module(package)
     modules_there = {path.stem for path in (ROOT / package.replace(".", "/")).glob("*.py")}
     for name in set(getattr(loaded, "__all__", [])) & modules_there:
         assert isinstance(getattr(loaded, name), types.ModuleType), name
-        assert loaded._HOMES.get(name) is None, name
+        assert getattr(loaded, "_HOMES", {}).get(name) is None, name

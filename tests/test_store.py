@@ -85,7 +85,7 @@ def test_the_array_is_plain_zarr(tmp_path: Path, features: np.ndarray) -> None:
     array = zarr.open_array(tmp_path / "a.zarr" / "features" / "net" / "values", mode="r")
     assert np.array_equal(array[:], many.astype(np.float16))
     assert array.chunks == (1024, 5)
-    assert array.shards == (3072, 5)
+    assert array.shards == (2048, 5)
     assert sorted(os.listdir(tmp_path / "a.zarr" / "features" / "net")) == ["values", "zarr.json"]
 
 

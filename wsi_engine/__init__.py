@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from wsi_engine import errors, kernels, models, synthetic
+    from wsi_engine import errors, kernels, metrics, models, synthetic
     from wsi_engine.encoders import create_encoder, list_encoders
     from wsi_engine.encoders.base import Encoder, EncoderCard
     from wsi_engine.errors import WsiError
@@ -45,7 +45,7 @@ _HOMES = {
     "open_slide": "slide",
     "stream_tiles": "stream",
 }
-_SUBMODULES = ("errors", "kernels", "models", "synthetic")
+_SUBMODULES = ("errors", "kernels", "metrics", "models", "synthetic")
 
 __all__ = [  # noqa: RUF022 - in the order of the flow
     "open_slide",
@@ -69,6 +69,7 @@ __all__ = [  # noqa: RUF022 - in the order of the flow
     "WsiError",
     "errors",
     "kernels",
+    "metrics",
     "models",
     "synthetic",
     "__version__",

@@ -38,7 +38,7 @@ from wsi_engine.version import __version__
 SCHEMA_VERSION = 1
 
 _ROWS_PER_CHUNK = 1024
-_CHUNKS_PER_SHARD = 16
+_CHUNKS_PER_SHARD = 2
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,481 @@
+"""Heads: the published numbers, small and large bags, chunks, gradients, losses, errors."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.lib.npyio import NpzFile
+from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
+
+from wsi_engine.models import Head, HeadError, HeadOutput, create_head, list_heads, load_head
+from wsi_engine.models.heads.nystrom import NystromAttention, pseudo_inverse
+from wsi_engine.models.heads.pooling import SoftmaxPool
+from wsi_engine.models.heads.smooth_svm import HARD_LEAD, SmoothTop1SVM, smooth_top1_svm_rows
+
+TOLERANCE = 1e-4
+CLAM = ("clam_sb_small_gated", "clam_sb_big_ungated_subtyping", "clam_mb_small_gated_subtyping")
+DSMIL = ("dsmil_nonlinear", "dsmil_linear_query_passing_v")
+POOLING = ("clam_sb", "clam_mb", "abmil", "mean")
+CHUNKED = (*POOLING, "dsmil")
+ALL = (*CHUNKED, "transmil")
+VARIANTS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("clam_sb", {}),
+    ("clam_sb", {"size": "big", "gated": False, "subtyping": True, "k": 3}),
+    ("clam_mb", {"size": (24, 12), "subtyping": True}),
+    ("abmil", {"gated": False, "hidden": ()}),
+    ("abmil", {"hidden": (32, 16), "attention": 8}),
+    ("dsmil", {}),
+    ("dsmil", {"nonlinear": False, "passing_v": True, "query": 16, "dropout": 0.2}),
+    ("transmil", {"dim": 32, "heads": 4}),
+    ("mean", {}),
+    ("mean", {"hidden": (8,)}),
+)
+
+
+@pytest.fixture(scope="module")
+def golden(shared_data: Path) -> Path:
+    folder = shared_data.parent / "golden"
+    if not folder.is_dir():
+        pytest.skip(f"needs the golden numbers in {folder}")
+    return folder
+
+
+def published_state(numbers: NpzFile) -> dict[str, Tensor]:
+    state = {name[6:]: torch.from_numpy(numbers[name]) for name in numbers.files if name.startswith("param/")}
+    return {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
+
+
+def small_head(name: str, in_dim: int = 20, n_classes: int = 3, **options: Any) -> Head:
+    torch.manual_seed(3)
+    if name == "transmil":
+        options = {"dim": 32, "heads": 4} | options
+    return create_head(name, in_dim, n_classes, **options).eval()
+
+
+def bag(tiles: int, dim: int = 20, seed: int = 1) -> Tensor:
+    return torch.randn(tiles, dim, generator=torch.Generator().manual_seed(seed))
+
+
+def assert_close(mine: Tensor | None, theirs: Any, tolerance: float = TOLERANCE) -> None:
+    assert mine is not None
+    wanted = torch.as_tensor(np.asarray(theirs.detach() if isinstance(theirs, Tensor) else theirs), dtype=torch.float64)
+    assert mine.shape == wanted.shape
+    torch.testing.assert_close(mine.detach().double(), wanted, rtol=0, atol=tolerance)
+
+
+# the published numbers
+
+
+@pytest.mark.parametrize("name", CLAM)
+def test_clam_agrees_with_the_golden_numbers(golden: Path, name: str) -> None:
+    numbers = np.load(golden / f"{name}.npz")
+    training = {"subtyping": bool(numbers["meta/subtyping"]), "k": int(numbers["meta/k_sample"])}
+    head = load_head(published_state(numbers), **training)
+    assert head.options["size"] == str(numbers["meta/size"])
+    assert head.options["gated"] == bool(numbers["meta/gated"])
+    assert head.name == str(numbers["meta/kind"]).lower()
+    output = head(torch.from_numpy(numbers["in/features"]))
+    assert_close(output.logits, numbers["out/logits"][0])
+    assert_close(head.probabilities(output.logits), numbers["out/probabilities"][0])
+    assert_close(output.attention, numbers["out/attention_raw"].T)
+    assert_close(output.embedding, numbers["out/bag_embedding"])
+    for label in range(int(numbers["meta/n_classes"])):
+        instance = head.instance_loss(output, label)
+        assert_close(instance, numbers[f"out/instance_loss_label{label}"])
+        bag_loss = -math.log(numbers["out/probabilities"][0, label])
+        assert head.loss(output, label).item() == pytest.approx(0.7 * bag_loss + 0.3 * instance.item(), abs=1e-5)
+        assert head.bag_loss(output, label).item() == pytest.approx(bag_loss, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", DSMIL)
+def test_dsmil_agrees_with_the_golden_numbers(golden: Path, name: str) -> None:
+    numbers = np.load(golden / f"{name}.npz")
+    head = load_head(published_state(numbers))
+    assert head.options["nonlinear"] == bool(numbers["meta/nonlinear"])
+    assert head.options["passing_v"] == bool(numbers["meta/passing_v"])
+    output = head(torch.from_numpy(numbers["in/features"]))
+    assert_close(output.logits, numbers["out/bag_logits"][0])
+    assert_close(output.instance_logits, numbers["out/instance_logits"])
+    assert_close(output.weights(), numbers["out/attention"])
+    assert_close(output.embedding, numbers["out/bag_embedding"][0])
+
+
+def test_transmil_agrees_with_the_golden_numbers(golden: Path) -> None:
+    numbers = np.load(golden / "transmil_odd_bag.npz")
+    head = load_head(published_state(numbers))
+    assert_close(head(torch.from_numpy(numbers["in/features"])).logits, numbers["out/logits"][0])
+
+
+def test_smooth_svm_agrees_with_the_golden_numbers(golden: Path) -> None:
+    numbers = np.load(golden / "smooth_top1_svm.npz")
+    scores, labels = torch.from_numpy(numbers["in/scores"]), torch.from_numpy(numbers["in/labels"])
+    lead = (scores.topk(2, dim=1).values.diff(dim=1).abs() >= HARD_LEAD).squeeze(1)
+    assert 0 < int(lead.sum()) < len(lead)  # both forms are in the file
+    assert_close(smooth_top1_svm_rows(scores, labels), numbers["out/loss_per_row"])
+    assert_close(SmoothTop1SVM()(scores, labels), numbers["out/loss_mean"])
+
+
+# oracles
+
+
+def test_smooth_svm_against_a_plain_loop() -> None:
+    alpha, tau = 0.7, 0.4
+    scores = 3 * torch.randn(40, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    labels = torch.arange(40) % 5
+    wanted = []
+    for row, label in zip(scores.tolist(), labels.tolist(), strict=True):
+        margins = [x + (alpha if j != label else 0) - row[label] for j, x in enumerate(row)]
+        first, second = sorted(row, reverse=True)[:2]
+        hard = first - second >= tau * math.log(1000)
+        wanted.append(max(margins) if hard else tau * math.log(sum(math.exp(m / tau) for m in margins)))
+    assert_close(smooth_top1_svm_rows(scores, labels, alpha, tau), wanted, 1e-9)
+
+
+def test_clam_losses_against_a_plain_loop() -> None:
+    for name in ("clam_sb", "clam_mb"):
+        head = small_head(name, subtyping=True, k=4)
+        output, label = head(bag(30)), 2
+        total = 0.0
+        for c in range(3):
+            order = output.attention[:, c if name == "clam_mb" else 0].argsort(descending=True).tolist()
+            hidden = head.score_tiles(bag(30))[0]
+            tiles = order[:4] + (order[-4:] if c == label else [])
+            targets = torch.tensor([int(c == label)] * 4 + [0] * (len(tiles) - 4))
+            logits = head.instance_classifiers[c](hidden[tiles])
+            total += SmoothTop1SVM()(logits, targets).item() / 3
+        assert float(head.instance_loss(output, label)) == pytest.approx(total, abs=1e-5)
+
+
+def test_abmil_against_the_formula() -> None:
+    for gated in (False, True):
+        head, features = small_head("abmil", hidden=(), attention=6, gated=gated), bag(9)
+        state = head.state_dict()
+        if gated:
+            left = torch.tanh(features @ state["attention.attention_a.0.weight"].T)
+            right = torch.sigmoid(features @ state["attention.attention_b.0.weight"].T)
+            scores = (left * right) @ state["attention.attention_c.weight"].T
+        else:
+            left = torch.tanh(features @ state["attention.module.0.weight"].T)
+            scores = left @ state["attention.module.3.weight"].T
+        wanted = (scores.softmax(0) * features).sum(0)
+        output = head(features)
+        assert_close(output.embedding[0], wanted, 1e-5)
+        assert_close(output.attention, scores, 1e-5)
+        assert_close(output.logits, wanted @ state["classifier.weight"].T, 1e-5)
+
+
+def test_mean_pools_evenly() -> None:
+    head, features = small_head("mean"), bag(9)
+    output = head(features)
+    assert_close(output.embedding[0], features.mean(0), 1e-6)
+    assert_close(output.weights(), np.full((9, 1), 1 / 9), 1e-7)
+
+
+def test_nystrom_is_exact_attention_where_every_token_is_a_landmark() -> None:
+    torch.manual_seed(0)
+    attention = NystromAttention(dim=16, heads=2, landmarks=8, dropout=0.0).double().eval()
+    tokens = torch.randn(8, 16, dtype=torch.float64)
+    q, k, v = attention.to_qkv(tokens).reshape(8, 3, 2, 8).permute(1, 2, 0, 3)
+    exact = (q @ k.mT / math.sqrt(8)).softmax(-1)
+    wanted = attention.to_out((exact @ v + attention.res_conv(v[None])[0]).transpose(0, 1).flatten(1))
+    got, paid = attention(tokens, watched=3)
+    # six steps of the pseudo-inverse are not enough for equality: near is what the method promises
+    assert float((paid - exact.mean(0)[3]).abs().max()) < 0.2
+    assert float((got - wanted).abs().max()) < 0.2 * float(wanted.abs().max())
+    assert float(paid.sum()) == pytest.approx(1, abs=0.05)
+
+
+def test_the_pseudo_inverse_converges() -> None:
+    matrices = torch.randn(3, 12, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64).softmax(-1)
+    exact = torch.linalg.pinv(matrices)
+    errors = [float((pseudo_inverse(matrices, steps) - exact).norm() / exact.norm()) for steps in (2, 6, 20)]
+    assert errors[0] > errors[1] > errors[2]
+    assert errors[2] < 1e-6
+
+
+@pytest.mark.parametrize("tiles", [1, 2, 3, 4, 5, 10, 17])
+def test_transmil_attention_is_that_of_the_matrices(tiles: int) -> None:
+    """The class token's row of softmax·pinv·softmax, written out, with the shares of repeated tiles added up."""
+    head, features = small_head("transmil"), bag(tiles)
+    kept: dict[str, Tensor] = {}
+    handle = head.layer2.norm.register_forward_hook(lambda *call: kept.update(tokens=call[2]))
+    output = head(features)
+    handle.remove()
+    attention = head.layer2.attn
+    tokens = kept["tokens"]
+    filled = -len(tokens) % 16
+    padded = torch.cat([tokens.new_zeros(filled, 32), tokens])
+    q, k, _ = attention.to_qkv(padded).reshape(-1, 3, 4, 8).permute(1, 2, 0, 3)
+    q = q / math.sqrt(8)
+    q_marks, k_marks = (x.reshape(4, 16, -1, 8).mean(2) for x in (q, k))
+    middle = pseudo_inverse((q_marks @ k_marks.mT).softmax(-1))
+    whole = (q @ k_marks.mT).softmax(-1) @ middle @ (q_marks @ k.mT).softmax(-1)
+    row = whole.mean(0)[filled, filled + 1 :]
+    shares = row[:tiles].clone()
+    shares[: len(row) - tiles] += row[tiles:]
+    assert_close(output.attention.exp()[:, 0], shares.clamp_min(1e-12), 1e-5)
+
+
+def test_softmax_pool_survives_huge_scores() -> None:
+    scores = torch.tensor([[1e4, -1e4], [-1e4, 0.0], [1e4, 1e4], [3.0, 2.0]])
+    values = torch.arange(8.0).reshape(4, 2)
+    pool = SoftmaxPool()
+    for i in range(4):
+        pool.add(scores[i : i + 1], values[i : i + 1])
+    assert_close(pool.mean(), scores.softmax(0).T @ values, 1e-5)
+
+
+# bags of every size
+
+
+@pytest.mark.parametrize(("name", "options"), VARIANTS)
+@pytest.mark.parametrize("tiles", [1, 2, 7, 40])
+def test_bags_of_every_size_give_outputs_and_gradients(name: str, options: dict[str, Any], tiles: int) -> None:
+    head = small_head(name, **options).train()
+    features = bag(tiles)
+    output = head(features)
+    maps = 3 if name in {"clam_mb", "dsmil"} else 1
+    assert output.logits.shape == (3,)
+    assert output.attention.shape == (tiles, maps)
+    assert output.embedding.shape[0] == maps
+    assert_close(output.weights().sum(0), np.ones(maps), 1e-5)
+    loss = head.loss(output, 1)
+    assert loss.shape == ()
+    assert bool(loss.isfinite())
+    loss.backward()
+    for parameter_name, parameter in head.named_parameters():
+        if tiles == 40:
+            # an instance classifier learns only where its class is the bag's, or with subtyping
+            idle = "instance_classifiers" in parameter_name and not options.get("subtyping")
+            assert parameter.grad is not None or idle, parameter_name
+        assert parameter.grad is None or bool(parameter.grad.isfinite().all()), parameter_name
+
+
+@pytest.mark.parametrize("name", CHUNKED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
+def test_chunks_change_nothing(name: str, dtype: torch.dtype) -> None:
+    head, features = small_head(name), bag(101).to(dtype)
+    whole = head(features)
+    head.chunk_tiles = 10
+    with torch.no_grad():
+        cut = head(features)
+    assert_close(cut.logits, whole.logits, 2e-6)
+    assert_close(cut.attention, whole.attention, 2e-6)
+    assert_close(cut.embedding, whole.embedding, 2e-6)
+    if whole.instance_logits is not None:
+        assert_close(cut.instance_logits, whole.instance_logits, 2e-6)
+
+
+@pytest.mark.parametrize("name", CHUNKED)
+def test_inference_sees_a_chunk_at_a_time(name: str) -> None:
+    head = small_head(name)
+    head.chunk_tiles = 16
+    longest = 0
+
+    def measure(module: torch.nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        nonlocal longest
+        longest = max([longest] + [one.shape[0] for one in inputs if one.ndim == 2])
+
+    for module in head.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_hook(measure)
+    with torch.inference_mode():
+        head(bag(100))
+    # the 2k rows of either end are made again for each of clam's maps
+    assert longest <= (48 if name == "clam_mb" else 16)
+    head.train()
+    with torch.no_grad():
+        head(bag(100))
+    assert longest == 100 or name == "mean"
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_several_bags_at_once(name: str) -> None:
+    head, lengths = small_head(name), [5, 1, 30, 12]
+    features = bag(sum(lengths))
+    together = head.forward_bags(features, lengths)
+    for one, part in zip(together, torch.split(features, lengths), strict=True):
+        alone = head(part)
+        assert_close(one.logits, alone.logits, 1e-5)
+        assert_close(one.attention, alone.attention, 1e-5)
+    head.chunk_tiles = 8
+    with torch.no_grad():
+        again = head.forward_bags(features, lengths)
+    assert_close(torch.stack([one.logits for one in again]), torch.stack([one.logits for one in together]), 1e-5)
+    head.train()
+    sum(head.loss(one, 1) for one in head.forward_bags(features, lengths)).backward()
+    with pytest.raises(HeadError, match="said to hold 47 tiles together and 48"):
+        head.forward_bags(features, [5, 30, 12])
+    with pytest.raises(HeadError, match="bag 1"):
+        head.forward_bags(features, [48, 0])
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_the_order_of_tiles_matters_to_transmil_alone(name: str) -> None:
+    head, features = small_head(name), bag(30)
+    order = torch.randperm(30, generator=torch.Generator().manual_seed(2))
+    one, two = head(features), head(features[order])
+    same = torch.allclose(one.logits, two.logits, atol=1e-5)
+    assert same == (name != "transmil")
+    if same:
+        assert_close(two.attention, one.attention[order], 1e-5)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_reduced_precision_stays_near(name: str) -> None:
+    head, features = small_head(name), bag(60)
+    exact = head(features)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        near = head(features)
+        halves = head(features.half())
+    assert_close(near.logits, exact.logits.float(), 0.1)
+    assert_close(halves.logits, exact.logits.float(), 0.1)
+    assert_close(near.weights(), exact.weights(), 0.05)
+    small = small_head(name).bfloat16()
+    small.chunk_tiles = 16
+    with torch.no_grad():
+        assert_close(small(features).logits, exact.logits.float(), 0.1)
+    head.train()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = head.loss(head(features), 0)
+    assert loss.dtype == torch.float32
+    loss.backward()
+
+
+def test_seeds_repeat_weights_and_names_are_listed() -> None:
+    assert tuple(list_heads()) == ("clam_sb", "clam_mb", "abmil", "dsmil", "transmil", "mean")
+    for name in ALL:
+        one, two = small_head(name).state_dict(), small_head(name).state_dict()
+        assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+# losses
+
+
+def test_heads_train_by_cross_entropy_unless_they_say_other() -> None:
+    for name in ("abmil", "mean", "transmil"):
+        head = small_head(name)
+        output = head(bag(10))
+        wanted = cross_entropy(output.logits[None], torch.tensor([2]))
+        assert_close(head.loss(output, 2), wanted, 1e-6)
+        assert_close(head.loss(output, torch.tensor(2)), wanted, 1e-6)
+
+
+def test_dsmil_loss_is_half_bag_half_best_tile() -> None:
+    head = small_head("dsmil")
+    output = head(bag(10))
+    assert output.instance_logits is not None
+    for label, targets in ((1, [0.0, 1.0, 0.0]), (torch.tensor([1.0, 0.0, 1.0]), [1.0, 0.0, 1.0])):
+        wanted = torch.tensor(targets)
+        of_bag = binary_cross_entropy_with_logits(output.logits, wanted)
+        of_best = binary_cross_entropy_with_logits(output.instance_logits.max(0).values, wanted)
+        assert_close(head.loss(output, label), (of_bag + of_best) / 2, 1e-6)
+        assert_close(head.bag_loss(output, label), of_bag, 1e-6)
+    alone = small_head("dsmil", n_classes=1)
+    output = alone(bag(10))
+    losses = [float(alone.bag_loss(output, label)) for label in (0, 1)]
+    assert math.exp(-losses[0]) + math.exp(-losses[1]) == pytest.approx(1)
+    assert_close(alone.probabilities(output.logits)[0], math.exp(-losses[1]), 1e-6)
+
+
+@pytest.mark.parametrize("name", ["clam_sb", "clam_mb", "abmil", "dsmil", "transmil"])
+def test_heads_learn_a_rare_tile(name: str) -> None:
+    """Bags whose label hangs on one tile of twelve: the training loss falls to a fraction."""
+    head = small_head(name, in_dim=8, n_classes=2, dropout=0.0)
+    bags, labels = [bag(12, 8, seed) for seed in range(16)], [seed % 2 for seed in range(16)]
+    for one, label in zip(bags, labels, strict=True):
+        one[5] = 4.0 * label
+    optimiser = torch.optim.Adam(head.parameters(), 3e-2 if name == "dsmil" else 3e-3)
+    start = end = 0.0
+    for epoch in range(25):
+        outputs = head.forward_bags(torch.cat(bags), [12] * 16)
+        loss = torch.stack([head.loss(one, label) for one, label in zip(outputs, labels, strict=True)]).mean()
+        start, end = (loss.item() if epoch == 0 else start), loss.item()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    assert end < 0.5 * start
+
+
+# errors
+
+
+def test_bad_bags_are_refused() -> None:
+    for name in ALL:
+        head = small_head(name)
+        with pytest.raises(HeadError, match="bag of 0 tiles"):
+            head(torch.zeros(0, 20))
+        with pytest.raises(HeadError, match="features of 20 numbers per tile and got 21"):
+            head(torch.zeros(4, 21))
+        with pytest.raises(HeadError, match=r"shape \(1, 4, 20\)"):
+            head(torch.zeros(1, 4, 20))
+        with pytest.raises(HeadError, match="int64"):
+            head(torch.zeros(4, 20, dtype=torch.int64))
+        with pytest.raises(HeadError, match="ndarray"):
+            head(np.zeros((4, 20), np.float32))
+
+
+def test_bad_labels_are_refused() -> None:
+    for name in ALL:
+        head = small_head(name)
+        output = head(bag(5))
+        for label in (-1, 3, True, torch.tensor([0, 1])):
+            with pytest.raises(HeadError):
+                head.loss(output, label)
+    head = small_head("dsmil")
+    with pytest.raises(HeadError, match=r"shape \(3,\)"):
+        head.loss(head(bag(5)), torch.zeros(2))
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "options", "match"),
+    [
+        ("clam", (8, 2), {}, "no head named 'clam'; choose one of clam_sb"),
+        ("clam_sb", (0, 2), {}, "in_dim"),
+        ("clam_sb", (8, 1), {}, "n_classes of clam_sb must be a whole number of at least 2"),
+        ("dsmil", (8, 0), {}, "at least 1"),
+        ("clam_sb", (8, 2), {"gate": True}, "no option 'gate'; its options are size, gated"),
+        ("clam_sb", (8, 2), {"size": "huge"}, "small or big"),
+        ("clam_sb", (8, 2), {"size": (3,)}, "two widths"),
+        ("clam_sb", (8, 2), {"size": 512}, "list of widths"),
+        ("clam_sb", (8, 2), {"dropout": 1.0}, "dropout"),
+        ("clam_sb", (8, 2), {"dropout": float("nan")}, "dropout"),
+        ("clam_sb", (8, 2), {"k": 0}, "k must"),
+        ("clam_sb", (8, 2), {"gated": 1}, "True or False"),
+        ("clam_mb", (8, 2), {"bag_weight": 1.1}, "bag_weight"),
+        ("abmil", (8, 2), {"hidden": (0,)}, "each of hidden"),
+        ("abmil", (8, 2), {"attention": 2.5}, "attention"),
+        ("dsmil", (8, 2), {"query": -1}, "query"),
+        ("transmil", (8, 2), {"dim": 30, "heads": 4}, "multiple of heads"),
+        ("mean", (8, 2), {"dropout": "half"}, "dropout"),
+    ],
+)
+def test_bad_settings_are_refused(name: str, sizes: tuple[int, int], options: dict[str, Any], match: str) -> None:
+    with pytest.raises(HeadError, match=match) as caught:
+        create_head(name, *sizes, **options)
+    assert not str(caught.value).endswith(".")
+
+
+def test_the_package_loads_torch_on_first_use_only() -> None:
+    code = (
+        "import sys, json, wsi_engine.models as m\n"
+        "before = 'torch' in sys.modules\n"
+        "print(json.dumps([before, m.create_head.__name__, 'timm' in sys.modules]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert json.loads(done.stdout) == [False, "create_head", False]
+
+
+def test_output_is_a_plain_value() -> None:
+    output = HeadOutput(torch.zeros(2), torch.zeros(4, 1), torch.zeros(1, 8))
+    assert output.instance_logits is None
+    assert_close(output.weights(), np.full((4, 1), 0.25), 0)
