@@ -11,6 +11,7 @@
     ├── StoreError         a feature store cannot be read or written
     │   ├── MismatchError  what is stored was made from another slide, grid or encoder
     │   └── BusyError      another process is writing the same slide
+    ├── ModelError         a trained model cannot be used, made or kept, or does not fit the features it is given
     └── FormatError        a file of another tool is not laid out as that tool lays it out
 
 Each message is one sentence that says what is wrong, where, and what to do.
@@ -59,6 +60,10 @@ class MismatchError(StoreError):
 
 class BusyError(StoreError):
     """Another process holds the lease on the slide's store."""
+
+
+class ModelError(WsiError):
+    """A trained model cannot be used, made or kept, or does not fit the features it is given."""
 
 
 class FormatError(WsiError):

@@ -1,0 +1,210 @@
+"""A training run on disk: what was asked, what came out, and the heads of its folds.
+
+Layout::
+
+    RUN/
+    ├── run.json             the RunRecord; ``complete`` is set last
+    ├── splits.csv           slide_id, patient, label and for each fold train, val, test or nothing
+    ├── log.jsonl            one line an epoch of a fold
+    ├── validation.csv       predictions of each fold on its validation slides
+    ├── predictions.csv      predictions of each fold on its test slides
+    └── fold-0/ …
+        ├── head.safetensors     the head of the best epoch, its card inside
+        └── state.pt             where training stands; gone once the fold is done
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Self
+
+from wsi_engine.errors import ModelError
+from wsi_engine.store import FeatureStore
+
+RUN_VERSION = 1
+
+
+@dataclass(frozen=True)
+class FeatureOrigin:
+    """Which features a model takes: nothing else may be given to it.
+
+    Attributes:
+        encoder: name of the encoder, as the store's key.
+        dim: numbers per tile.
+        weights_digest: SHA-256 of the encoder's weights.
+        precision: arithmetic they were computed in; recorded, differences are allowed.
+        mpp: micrometres per tile pixel.
+        tile_px: side of a tile.
+        stride_px: step from tile to tile; recorded, differences are allowed.
+    """
+
+    encoder: str
+    dim: int
+    weights_digest: str
+    precision: str
+    mpp: float
+    tile_px: int
+    stride_px: int
+
+    @classmethod
+    def of(cls, store: FeatureStore, encoder: str | None = None) -> Self:
+        """Where a store's features come from.
+
+        Raises:
+            StoreError: they are not there, not complete, or several and none was named.
+        """
+        made = store.provenance(encoder)
+        grid = store.grid(made["grid"])
+        card = made["encoder"]
+        return cls(
+            card["name"], int(card["dim"]), card["weights_digest"], made["precision"],
+            grid.mpp, grid.tile_px, grid.stride_px,
+        )  # fmt: skip
+
+    def check(self, other: FeatureOrigin, where: str) -> None:
+        """Refuse features that are not of this kind; ``where`` names the store.
+
+        Raises:
+            ModelError: another encoder, other weights, or another scale or tile size.
+        """
+        if (other.encoder, other.dim) != (self.encoder, self.dim):
+            raise ModelError(
+                f"{where} holds features of {other.encoder} ({other.dim} numbers per tile) and the model takes "
+                f"those of {self.encoder} ({self.dim}): extract with that encoder"
+            )
+        if other.weights_digest != self.weights_digest:
+            raise ModelError(
+                f"the features in {where} were made with other weights of {self.encoder} (digest "
+                f"{other.weights_digest[:12]}…) than those the model was trained on ({self.weights_digest[:12]}…): "
+                "extract with the same weights"
+            )
+        if (other.mpp, other.tile_px) != (self.mpp, self.tile_px):
+            raise ModelError(
+                f"the tiles of {where} are {other.tile_px} px at {other.mpp:g} mpp and the model takes "
+                f"{self.tile_px} px at {self.mpp:g} mpp: extract at that scale"
+            )
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What ``run.json`` says.
+
+    Attributes:
+        label: the cohort's column that was learned.
+        classes: its values in the order of the logits.
+        head: name of the head.
+        options: what the head was built with beside sizes.
+        folds: how many folds, each with a head.
+        features: what the heads take.
+        settings: training settings as plain values.
+        engine_version: version that trained it.
+        complete: all folds are done.
+        summary: filled in at the end: seconds, epochs, held-out figures, anything plain.
+    """
+
+    label: str
+    classes: tuple[str, ...]
+    head: str
+    options: dict[str, Any]
+    folds: int
+    features: FeatureOrigin
+    settings: dict[str, Any]
+    engine_version: str
+    complete: bool = False
+    summary: dict[str, Any] = field(default_factory=dict)
+    version: int = RUN_VERSION
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The files of a run."""
+
+    path: Path
+
+    @property
+    def record_file(self) -> Path:
+        """What was asked and came out."""
+        return self.path / "run.json"
+
+    @property
+    def log_file(self) -> Path:
+        """JSON lines, one an epoch."""
+        return self.path / "log.jsonl"
+
+    @property
+    def splits_file(self) -> Path:
+        """Who was in which part of which fold."""
+        return self.path / "splits.csv"
+
+    @property
+    def predictions_file(self) -> Path:
+        """Held-out predictions of all folds."""
+        return self.path / "predictions.csv"
+
+    @property
+    def validation_file(self) -> Path:
+        """Predictions on the validation slides of all folds."""
+        return self.path / "validation.csv"
+
+    def fold(self, number: int) -> Path:
+        """The folder of one fold."""
+        return self.path / f"fold-{number}"
+
+    def head_file(self, number: int) -> Path:
+        """The head of one fold."""
+        return self.fold(number) / "head.safetensors"
+
+    def state_file(self, number: int) -> Path:
+        """Where the training of one fold stands."""
+        return self.fold(number) / "state.pt"
+
+    def write_record(self, record: RunRecord) -> None:
+        """Replace ``run.json`` in one step.
+
+        Raises:
+            ModelError: it cannot be written.
+        """
+        write_text(self.record_file, json.dumps(asdict(record), indent=2, allow_nan=False) + "\n")
+
+    def read_record(self) -> RunRecord:
+        """Read ``run.json``.
+
+        Raises:
+            ModelError: there is none, it is damaged, or another version wrote it.
+        """
+        try:
+            value = json.loads(self.record_file.read_text(encoding="utf-8"))
+            if value["version"] != RUN_VERSION:
+                raise ModelError(
+                    f"{self.record_file} has version {value['version']} and this engine reads {RUN_VERSION}: "
+                    "use the engine that wrote it"
+                )
+            record = RunRecord(**value)
+            origin = FeatureOrigin(**value["features"])
+            return replace(record, classes=tuple(record.classes), features=origin)
+        except FileNotFoundError:
+            raise ModelError(
+                f"{self.path} is not a training run: it has no run.json; give a folder of wsi train"
+            ) from None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ModelError(f"{self.record_file} cannot be read ({error}): train again") from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a text file in one step, with its folder made where there is none.
+
+    Raises:
+        ModelError: it cannot be written.
+    """
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft.write_text(text, encoding="utf-8")
+        os.replace(draft, path)
+    except OSError as error:
+        raise ModelError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        draft.unlink(missing_ok=True)
