@@ -152,7 +152,7 @@ def test_clam_losses_against_a_plain_loop() -> None:
             targets = torch.tensor([int(c == label)] * 4 + [0] * (len(tiles) - 4))
             logits = head.instance_classifiers[c](hidden[tiles])
             total += SmoothTop1SVM()(logits, targets).item() / 3
-        assert float(head.instance_loss(output, label)) == pytest.approx(total, abs=1e-5)
+        assert head.instance_loss(output, label).item() == pytest.approx(total, abs=1e-5)
 
 
 def test_abmil_against_the_formula() -> None:
@@ -443,7 +443,7 @@ def test_bad_labels_are_refused() -> None:
         ("clam_sb", (0, 2), {}, "in_dim"),
         ("clam_sb", (8, 1), {}, "n_classes of clam_sb must be a whole number of at least 2"),
         ("dsmil", (8, 0), {}, "at least 1"),
-        ("clam_sb", (8, 2), {"gate": True}, "no option 'gate'; its options are size, gated"),
+        ("clam_sb", (8, 2), {"gate": True}, "no option 'gate'; its options are standardise, size, gated"),
         ("clam_sb", (8, 2), {"size": "huge"}, "small or big"),
         ("clam_sb", (8, 2), {"size": (3,)}, "two widths"),
         ("clam_sb", (8, 2), {"size": 512}, "list of widths"),
@@ -479,3 +479,26 @@ def test_output_is_a_plain_value() -> None:
     output = HeadOutput(torch.zeros(2), torch.zeros(4, 1), torch.zeros(1, 8))
     assert output.instance_logits is None
     assert_close(output.weights(), np.full((4, 1), 0.25), 0)
+
+
+# standard scores
+
+
+@pytest.mark.parametrize("name", list_heads())
+def test_standardised_features_are_those_of_the_formula(name: str) -> None:
+    plain, standardised = small_head(name), small_head(name, standardise=True)
+    features = 50 + 7 * bag(12)
+    mean, spread = features.mean(dim=0), features.std(dim=0, correction=0)
+    assert standardised.standard is not None
+    standardised.standard.fit(mean, spread)
+    standardised.load_state_dict(plain.state_dict(), strict=False)
+    assert_close(standardised(features.half()).logits, plain((features.half() - mean) / spread).logits, 1e-5)
+
+
+def test_constant_features_are_only_centred() -> None:
+    head = small_head("mean", standardise=True)
+    assert head.standard is not None
+    head.standard.fit(torch.ones(head.in_dim), torch.zeros(head.in_dim))
+    assert_close(head.standard(torch.full((3, head.in_dim), 5.0)), torch.full((3, head.in_dim), 4.0))
+    with pytest.raises(HeadError, match="finite numbers"):
+        head.standard.fit(torch.ones(head.in_dim + 1), torch.ones(head.in_dim + 1))

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from wsi_engine.models.heads.checks import check_count
+from wsi_engine.models.heads.checks import check_count, check_flag
 from wsi_engine.models.heads.errors import HeadError
 from wsi_engine.models.heads.output import HeadOutput
+from wsi_engine.models.heads.standard import Standard
 
 CHUNK_TILES = 8192
 """Tiles in one step of inference: with CLAM's widths and 1,024 features about 100 MB of intermediate values."""
@@ -20,7 +21,13 @@ CHUNK_TILES = 8192
 
 @dataclass(frozen=True)
 class HeadSettings:
-    """Base of the settings of a head: plain values that go to JSON and back."""
+    """Base of the settings of a head: plain values that go to JSON and back.
+
+    Attributes:
+        standardise: features are turned into standard scores first, by mean and spread kept in the head.
+    """
+
+    standardise: bool = field(default=False, kw_only=True)
 
 
 class Head(nn.Module):
@@ -31,6 +38,7 @@ class Head(nn.Module):
         in_dim: numbers per tile.
         n_classes: classes, the length of the logits.
         settings: the rest of what is needed to build it again.
+        standard: what standardises features, None without ``standardise``.
         chunk_tiles: tiles taken at once in inference, so that memory stays bounded in large bags.
     """
 
@@ -43,7 +51,9 @@ class Head(nn.Module):
         check_count(f"n_classes of {self.name}", n_classes, self.least_classes)
         self.in_dim = in_dim
         self.n_classes = n_classes
+        check_flag("standardise", settings.standardise)
         self.settings = settings
+        self.standard = Standard(in_dim) if settings.standardise else None
         self.chunk_tiles = CHUNK_TILES
 
     if TYPE_CHECKING:
@@ -144,7 +154,9 @@ class Head(nn.Module):
         return list(torch.split(features, self.chunk_tiles))
 
     def cast(self, features: Tensor) -> Tensor:
-        """Features in the precision of the weights; left alone under autocast, which casts for each layer itself."""
+        """Features, standardised where asked, in the precision of the weights; autocast casts for each layer itself."""
+        if self.standard is not None:
+            features = self.standard(features)
         if torch.is_autocast_enabled(features.device.type):
             return features
         return features.to(next(self.parameters()).dtype)
