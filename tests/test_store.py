@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -316,6 +317,21 @@ def test_lease_of_another_host_is_taken_over_only_when_stale(tmp_path: Path) -> 
 def test_lease_garbage_is_no_obstacle_once_stale(tmp_path: Path) -> None:
     path = tmp_path / ".a.lease"
     path.write_text("{")
+    os.utime(path, (1, 1))
     with hold_lease(path):
         pass
     assert os.listdir(tmp_path) == []
+
+
+def test_lease_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr("wsi_engine.lease.os.link", refuse)
+    path = tmp_path / ".a.lease"
+    with hold_lease(path), pytest.raises(BusyError, match=f"process {os.getpid()}"), hold_lease(path):
+        pass
+    assert os.listdir(tmp_path) == []
+    path.write_text("")  # made by another process that has not yet written its name
+    with pytest.raises(BusyError, match="just beginning"), hold_lease(path):
+        pass

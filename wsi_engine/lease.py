@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
@@ -18,6 +19,9 @@ from wsi_engine.errors import BusyError, StoreError
 HEARTBEAT_SECONDS = 10.0
 STALE_SECONDS = 90.0
 """A lease whose file was not touched for this long belongs to a process that is gone."""
+
+_NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
+"""What file systems say that know no hard links."""
 
 
 @dataclass(frozen=True)
@@ -75,25 +79,42 @@ def _create(path: Path, me: _Holder) -> bool:
         os.link(draft, path)  # unlike open and write, never seen half-written; fails where the name exists
     except FileExistsError:
         return False
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        return _create_in_place(path, me)
     finally:
         draft.unlink(missing_ok=True)
+    return True
+
+
+def _create_in_place(path: Path, me: _Holder) -> bool:
+    """The same on file systems without hard links (exFAT, some network shares): for an instant the file is empty."""
+    try:
+        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+    except FileExistsError:
+        return False
+    with os.fdopen(descriptor, "w") as stream:
+        stream.write(json.dumps(asdict(me)))
     return True
 
 
 def _take_over(path: Path, me: _Holder) -> None:
     """Replace the lease of a process that is gone; BusyError while it is not."""
     holder = _read(path)
-    if holder is not None and not holder.is_gone() and not _is_stale(path):
+    gone = holder is not None and holder.is_gone()
+    if not gone and not _is_stale(path):
+        who = f"process {holder.pid} on {holder.host}" if holder else "a process that is just beginning"
         raise BusyError(
-            f"{path.name.removeprefix('.').removesuffix('.lease')} is being written by process {holder.pid} on "
-            f"{holder.host}: wait for it to end, or stop it"
+            f"{path.name.removeprefix('.').removesuffix('.lease')} is being written by {who}: "
+            "wait for it to end, or stop it"
         )
     aside = path.with_name(f"{path.name}.{me.token}.old")
     with suppress(FileNotFoundError):  # gone: its holder just ended
         os.rename(path, aside)
     moved = _read(aside)
     if moved is not None and moved != holder:  # someone else took over in between: give theirs back
-        with suppress(FileExistsError):
+        with suppress(OSError):  # there is a newer one by now
             os.link(aside, path)
     aside.unlink(missing_ok=True)
     if not _create(path, me):
