@@ -8,17 +8,20 @@ import typer
 
 from wsi_engine.cli import console
 from wsi_engine.cli.bench import bench
+from wsi_engine.cli.classify import classify
 from wsi_engine.cli.demo import demo
 from wsi_engine.cli.encoders import encoders
+from wsi_engine.cli.evaluate import evaluate
 from wsi_engine.cli.export import export
 from wsi_engine.cli.extract import extract
 from wsi_engine.cli.import_ import import_
 from wsi_engine.cli.info import info
+from wsi_engine.cli.train import train_app
 from wsi_engine.version import __version__
 
 app = typer.Typer(
     name="wsi",
-    help="Whole-slide images in, features out.",
+    help="Whole-slide images in, features and predictions out.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -39,13 +42,16 @@ def root(
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and stop.")
     ] = False,
 ) -> None:
-    """Whole-slide images in, features out."""
+    """Whole-slide images in, features and predictions out."""
     console.start(debug=debug)
 
 
 app.command()(console.reporting(info))
 app.command()(console.reporting(encoders))
 app.command()(console.reporting(extract))
+app.add_typer(train_app)
+app.command()(console.reporting(classify))
+app.command()(console.reporting(evaluate))
 app.command("import")(console.reporting(import_))
 app.command("export")(console.reporting(export))
 app.command()(console.reporting(bench))

@@ -11,19 +11,47 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from wsi_engine import errors, kernels, metrics, models, synthetic
+    from wsi_engine.audit import TrainingSet, prepare_training_set
+    from wsi_engine.bags import ArrayBags, StoredBags, prefetch
+    from wsi_engine.classification.ensemble import Ensemble, load_ensemble
+    from wsi_engine.classification.explanation import ExplainSettings
+    from wsi_engine.classification.outcomes import ClassifyReport
+    from wsi_engine.classification.prediction import Prediction
+    from wsi_engine.classification.slides import classify
     from wsi_engine.encoders import create_encoder, list_encoders
     from wsi_engine.encoders.base import Encoder, EncoderCard
     from wsi_engine.errors import WsiError
     from wsi_engine.extraction import ExtractReport, extract
     from wsi_engine.grid import TileGrid, lay_grid
     from wsi_engine.picture import draw_overview, save_picture
+    from wsi_engine.roster import Roster
     from wsi_engine.slide import Slide, open_slide
+    from wsi_engine.splits import Fold, SplitSettings, split_patients
     from wsi_engine.store import FeatureStore
     from wsi_engine.stream import TileBatch, stream_tiles
     from wsi_engine.tissue import TissueMask, TissueSettings, detect_tissue
+    from wsi_engine.training import TrainReport, TrainSettings, train_head
     from wsi_engine.version import __version__
 
 _HOMES = {
+    "ArrayBags": "bags",
+    "ClassifyReport": "classification.outcomes",
+    "Ensemble": "classification.ensemble",
+    "ExplainSettings": "classification.explanation",
+    "Fold": "splits",
+    "Prediction": "classification.prediction",
+    "Roster": "roster",
+    "SplitSettings": "splits",
+    "StoredBags": "bags",
+    "TrainReport": "training",
+    "TrainSettings": "training",
+    "TrainingSet": "audit",
+    "classify": "classification.slides",
+    "load_ensemble": "classification.ensemble",
+    "prefetch": "bags",
+    "prepare_training_set": "audit",
+    "split_patients": "splits",
+    "train_head": "training",
     "Encoder": "encoders.base",
     "EncoderCard": "encoders.base",
     "ExtractReport": "extraction",
@@ -64,6 +92,24 @@ __all__ = [  # noqa: RUF022 - in the order of the flow
     "extract",
     "ExtractReport",
     "FeatureStore",
+    "Roster",
+    "SplitSettings",
+    "Fold",
+    "split_patients",
+    "prepare_training_set",
+    "TrainingSet",
+    "StoredBags",
+    "ArrayBags",
+    "prefetch",
+    "train_head",
+    "TrainSettings",
+    "TrainReport",
+    "classify",
+    "ClassifyReport",
+    "ExplainSettings",
+    "load_ensemble",
+    "Ensemble",
+    "Prediction",
     "draw_overview",
     "save_picture",
     "WsiError",

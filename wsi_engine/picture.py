@@ -46,7 +46,7 @@ def draw_overview(
         _draw_tiles(picture, grid, to_picture)
     if tissue is not None:
         picture = _draw_outline(picture, tissue, mpp)
-    _draw_scale_bar(picture, mpp)
+    draw_scale_bar(picture, mpp)
     return np.asarray(picture)
 
 
@@ -93,7 +93,7 @@ def _inner(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
     return padded[1:-1, 1:-1] & padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
 
 
-def _draw_scale_bar(picture: Image.Image, mpp: float) -> None:
+def draw_scale_bar(picture: Image.Image, mpp: float) -> None:
     """A bar of a round length, about a sixth of the picture's width, at the lower left."""
     longest = picture.width * mpp / 6
     power = 10.0 ** np.floor(np.log10(longest))

@@ -6,8 +6,11 @@ import csv
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, TypeAlias
+
+import numpy as np
 
 from wsi_engine.errors import InputError
 from wsi_engine.inputs import check_slide_id
@@ -67,9 +70,15 @@ class Roster:
             return _read_csv(Path(source))
         to_dict = getattr(source, "to_dict", None)  # a data frame's
         records = to_dict("records") if to_dict is not None else list(source)
+        for at, record in enumerate(records, start=1):
+            if not isinstance(record, Mapping):
+                raise InputError(f"row {at} of the cohort is a {type(record).__name__}, not columns and their values")
         columns = tuple(dict.fromkeys(str(name) for record in records for name in record))
-        texts = [{str(name): _text(value) for name, value in record.items()} for record in records]
-        return _from_records("the cohort", columns, texts, Path(), first=1, unit="row")
+        texts = [
+            (f"the cohort, row {at}", {str(name): _text(value) for name, value in record.items()})
+            for at, record in enumerate(records, start=1)
+        ]
+        return _from_records("the cohort", columns, texts, Path())
 
     def column(self, name: str) -> tuple[str | None, ...]:
         """What a column says of each slide, None where it is empty.
@@ -95,25 +104,38 @@ class Roster:
 def _read_csv(path: Path) -> Roster:
     try:
         with open(path, newline="", encoding="utf-8-sig") as stream:
-            reader = csv.DictReader(stream)
-            columns = tuple(reader.fieldnames or ())
-            records = [{name: _text(record.get(name)) for name in columns} for record in reader]
+            cells = csv.reader(stream)
+            columns = tuple(name.strip() for name in next(cells, []))
+            # rows without a value, as spreadsheets leave them at the end, are none
+            rows = [(f"{path}, line {cells.line_num}", row) for row in cells if any(map(str.strip, row))]
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from error
     except (UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path} is not a CSV file in UTF-8: {error}") from error
-    return _from_records(str(path), columns, records, path.parent, first=2, unit="line")
+    twice = sorted({name for name in columns if name and columns.count(name) > 1})
+    if twice:
+        raise InputError(f"{path} has more than one column {', '.join(twice)}: rename or remove one")
+    for where, row in rows:
+        if any(map(str.strip, row[len(columns) :])):
+            raise InputError(
+                f"{where}: has {len(row)} cells and the header {len(columns)}; put texts with commas in quotes"
+            )
+    records = [
+        (where, {name: _text(value) for name, value in zip_longest(columns, row[: len(columns)]) if name})
+        for where, row in rows
+    ]
+    return _from_records(str(path), tuple(filter(None, columns)), records, path.parent)
 
 
 def _from_records(
-    source: str, columns: tuple[str, ...], records: list[dict[str, str]], folder: Path, first: int, unit: str
+    source: str, columns: tuple[str, ...], records: list[tuple[str, dict[str, str]]], folder: Path
 ) -> Roster:
+    """A roster of records, each with where it stands."""
     if records and not {"slide", "slide_id"} & set(columns):
         raise InputError(f'{source} has no column "slide" or "slide_id" (its columns: {", ".join(columns) or "none"})')
     if not records:
         raise InputError(f"{source} lists no slide")
-    rows = [_make_row(record, folder, f"{source}, {unit} {at}") for at, record in enumerate(records, start=first)]
-    return Roster(source, columns, tuple(rows))
+    return Roster(source, columns, tuple(_make_row(record, folder, where) for where, record in records))
 
 
 def _make_row(record: dict[str, str], folder: Path, where: str) -> RosterRow:
@@ -129,8 +151,15 @@ def _make_row(record: dict[str, str], folder: Path, where: str) -> RosterRow:
 
 def _text(value: Any) -> str:
     """A cell as text; nothing, NaN and a data frame's missing values are empty."""
-    if value is None or value != value:  # noqa: PLR0124 - NaN alone differs from itself
+    if value is None or _is_missing(value):
         return ""
-    if isinstance(value, float) and value.is_integer():
+    if isinstance(value, float | np.floating) and value.is_integer():
         return str(int(value))  # a data frame turns whole numbers with gaps into floats
     return str(value).strip()
+
+
+def _is_missing(value: Any) -> bool:
+    try:
+        return bool(value != value)  # noqa: PLR0124 - NaN alone differs from itself
+    except TypeError:  # pandas.NA is neither equal nor different
+        return True

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
@@ -32,7 +33,7 @@ class FeatureOrigin:
     """Which features a model takes: nothing else may be given to it.
 
     Attributes:
-        encoder: name of the encoder, as the store's key.
+        encoder: name of the encoder, as on its card.
         dim: numbers per tile.
         weights_digest: SHA-256 of the encoder's weights.
         precision: arithmetic they were computed in; recorded, differences are allowed.
@@ -167,7 +168,11 @@ class RunFolder:
         Raises:
             ModelError: it cannot be written.
         """
-        write_text(self.record_file, json.dumps(asdict(record), indent=2, allow_nan=False) + "\n")
+        try:
+            text = json.dumps(asdict(record), indent=2, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise ModelError(f"cannot write {self.record_file}: it holds what JSON cannot ({error})") from error
+        write_text(self.record_file, text + "\n")
 
     def read_record(self) -> RunRecord:
         """Read ``run.json``.
@@ -207,4 +212,5 @@ def write_text(path: Path, text: str) -> None:
     except OSError as error:
         raise ModelError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
-        draft.unlink(missing_ok=True)
+        with suppress(OSError):
+            draft.unlink(missing_ok=True)

@@ -5,9 +5,10 @@ Layout (Zarr format 3)::
     <slide_id>.zarr        attrs schema_version, engine_version, slide
     ├── tissue/mask        bool (H, W)       attrs mpp, threshold, counts, digest
     ├── tiles/<grid>/origins   int64 (N, 2)  attrs tile_px, stride_px, mpp, tile_size_level0, counts, settings, digest
-    └── features/<encoder>/
-        ├── values         float16 or float32 (N, D)   attrs encoder, precision, grid, grid_digest, seconds, complete
-        └── partial        the same rows while they are being made, one chunk a batch; gone once complete
+    ├── features/<encoder>/
+    │   ├── values         float16 or float32 (N, D)   attrs encoder, precision, grid, grid_digest, seconds, complete
+    │   └── partial        the same rows while they are being made, one chunk a batch; gone once complete
+    └── attention/<run>/values  float32 (N, K)  attrs model_digest, grid, grid_digest, classes, columns, complete
 
 A features array is absent, partial or complete. Whatever is not marked complete in its attributes is never
 handed out, and the mark is written last, by replacing one small file.
@@ -180,6 +181,32 @@ class FeatureStore:
         """How the features were made: encoder card, precision, grid, digests, seconds per stage, engine version."""
         return self._attrs(f"{self._features_path(encoder)}/values")
 
+    def runs(self) -> tuple[str, ...]:
+        """Names of the training runs whose attention is complete, sorted."""
+        there = self._members("attention")
+        return tuple(run for run in there if self._attrs(f"attention/{run}/values").get("complete") is True)
+
+    def attention(self, run: str | None = None) -> NDArray[np.float32]:
+        """Attention weights float32 (N, K) that a run's heads gave the tiles; None for the only run there is.
+
+        Raises:
+            StoreError: there are none, or several and no run was named, or the data are damaged.
+        """
+        return self._read(f"{self._attention_path(run)}/values")
+
+    def attention_record(self, run: str | None = None) -> dict[str, Any]:
+        """Where a run's attention comes from: model, encoder, grid, classes, and what its columns stand for."""
+        return self._attrs(f"{self._attention_path(run)}/values")
+
+    def write_attention(self, run: str, values: NDArray[np.float32], record: dict[str, Any]) -> None:
+        """Write a run's attention (N, K) in place of what it gave before; it counts only once it is whole.
+
+        Raises:
+            StoreError: the store was opened for reading, or cannot be written.
+        """
+        path = f"attention/{features_key(run)}/values"
+        self._write(path, values.astype(np.float32, copy=False), record | {"complete": True}, (65_536, values.shape[1]))
+
     def write_grid(self, name: str, grid: TileGrid, settings: dict[str, Any], tissue: TissueMask | None) -> None:
         """Write a grid and the tissue it was laid on; each counts only once it is whole.
 
@@ -219,19 +246,28 @@ class FeatureStore:
             return np.asarray(array[...])
 
     def _attrs(self, path: str) -> dict[str, Any]:
-        """Attributes of a group or array; empty where there is none."""
+        """Attributes of a group or array; empty where there is none.
+
+        Read as the JSON they are: Zarr takes far longer, and a cohort is asked for many.
+        """
         with storing(self.path):
-            if path and path not in self._group:
+            try:
+                text = (Path(self.path) / path / "zarr.json").read_text(encoding="utf-8")
+            except (FileNotFoundError, NotADirectoryError):
                 return {}
-            return dict((self._group[path] if path else self._group).attrs)
+            return dict(json.loads(text)["attributes"])
 
     def _members(self, path: str) -> list[str]:
+        """Names of what is in a group, sorted."""
         with storing(self.path):
-            group = self._group.get(path)
-            return sorted(group.group_keys()) if isinstance(group, zarr.Group) else []
+            folder = Path(self.path) / path
+            return sorted(entry.parent.name for entry in folder.glob("*/zarr.json")) if folder.is_dir() else []
 
     def _features_path(self, encoder: str | None) -> str:
         return f"features/{self._only('encoder', self.encoders(), encoder and features_key(encoder))}"
+
+    def _attention_path(self, run: str | None) -> str:
+        return f"attention/{self._only('run', self.runs(), run and features_key(run))}"
 
     def _is_complete(self, encoder: str) -> bool:
         return self._attrs(f"features/{encoder}/values").get("complete") is True
@@ -268,9 +304,9 @@ def stored_precision(folder: Path, encoder: str) -> str | None:
     return None
 
 
-def features_key(encoder: str) -> str:
-    """The name that an encoder's features have in a store: ``timm:a/b`` becomes ``timm_a_b``."""
-    return re.sub(r"[^A-Za-z0-9._+-]", "_", encoder)
+def features_key(name: str) -> str:
+    """The name that an encoder's features, or a run's attention, have in a store: ``timm:a/b`` becomes ``timm_a_b``."""
+    return re.sub(r"[^A-Za-z0-9._+-]", "_", name)
 
 
 @contextmanager

@@ -1,0 +1,88 @@
+"""Loading a bag from its store against reading its bytes: ``python -m benchmarks.bags [--repeats N] [--json FILE]``.
+
+Everything lies in the disk cache. Ours checks every checksum and every value; the others check less or nothing. All are
+timed in turns in this one process, medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks._common import Case, Timing, describe_machine, time_pair
+from wsi_engine import FeatureStore, TileGrid
+from wsi_engine.bags import StoredBags
+from wsi_engine.encoders.base import EncoderCard
+from wsi_engine.store import SlideRecord
+from wsi_engine.writer import FeatureIdentity, FeatureWriter
+
+SIZES = ((20_000, 1536), (20_000, 1024), (2_000, 1024))
+"""Tiles and numbers per tile of the bags; the goal is set for the first."""
+
+GOAL = 1.3
+"""Most times as long as ``numpy.fromfile`` that a bag may take."""
+
+
+def write_store(path: Path, tiles: int, dim: int) -> np.ndarray:
+    """A store of random float16 features, as extraction leaves it; returns them."""
+    side = 200
+    places = np.arange(tiles)
+    origins = np.stack([places % side * 512, places // side * 512], axis=1)
+    grid = TileGrid(origins, 256, 256, 0.5, (512.0, 512.0), tiles)
+    record = SlideRecord("a", "f" * 64, (side * 512, side * 512), (0.25, 0.25), "header", "generic", "turbo")
+    card = EncoderCard("net", "timm", "resnet", 224, dim, "mean", "open", weights="random:0", weights_digest="d" * 64)
+    store = FeatureStore.create(path, record)
+    store.write_grid("g", grid, {}, None)
+    features = np.random.default_rng(0).normal(size=(tiles, dim)).astype(np.float16)
+    FeatureWriter(store, FeatureIdentity(card, "g", grid, "fp32", "float16"), 1024).keep(features, {})
+    return features
+
+
+def cases(folder: Path, tiles: int, dim: int) -> list[Case]:
+    """Our way and Zarr's, each against ``numpy.fromfile``."""
+    store, raw = folder / f"{tiles}-{dim}.zarr", folder / f"{tiles}-{dim}.bin"
+    features = write_store(store, tiles, dim)
+    features.tofile(raw)
+    bags, zarr = StoredBags([store]), FeatureStore.open(store)
+    if not (np.array_equal(bags.load(0), features) and np.array_equal(zarr.features(), features)):
+        raise AssertionError("the bag is not what was written")
+    plain = partial(np.fromfile, raw, np.float16)
+    size = f"bag of {tiles:,} × {dim:,}"
+    return [
+        Case(size, "numpy.fromfile", 1 / GOAL, partial(bags.load, 0), plain),
+        Case(f"{size}, by Zarr", "numpy.fromfile", 1 / GOAL, zarr.features, plain),
+    ]
+
+
+def line(timing: Timing) -> str:
+    """One line of the table; the ratio is how many times as long as ``numpy.fromfile`` it takes."""
+    case = timing.case
+    figures = f"{1e3 * timing.ours:.1f} ms | {1e3 * timing.theirs:.1f} ms | {1 / timing.ratio:.2f}× | {GOAL:g}×"
+    return f"| {case.name} | {case.against} | {figures} |"
+
+
+def main() -> None:
+    """Measure every case and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repeats", type=int, default=21)
+    parser.add_argument("--json", type=Path, help="keep the figures in this file")
+    options = parser.parse_args()
+    print(f"{describe_machine()}, NumPy {np.__version__}", flush=True)
+    timings = []
+    with tempfile.TemporaryDirectory() as folder:
+        for tiles, dim in SIZES:
+            for case in cases(Path(folder), tiles, dim):
+                timings.append(time_pair(case, options.repeats))
+                print(line(timings[-1]), flush=True)
+    if options.json:
+        rows = [{"name": t.case.name, "against": t.case.against, "ours": t.ours, "theirs": t.theirs} for t in timings]
+        options.json.write_text(json.dumps({"machine": describe_machine(), "rows": rows}, indent=2))
+
+
+if __name__ == "__main__":
+    main()

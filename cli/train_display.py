@@ -1,0 +1,89 @@
+"""How training is shown: a bar over epochs on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from wsi_engine.training.report import FoldSummary
+
+_PLAIN_SECONDS = 10.0
+"""Least time between two plain lines of one fold."""
+
+
+class TrainDisplay:
+    """Shows a training on a console; a context manager and a :class:`~wsi_engine.training.report.TrainProgress`."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._folds = self._epochs = 0
+        self._printed = 0.0
+        self._bar = _make_bar(console) if console.is_terminal else None
+        self._all = self._bar.add_task("folds", total=None, said="") if self._bar else None
+        self._one = self._bar.add_task("epochs", total=None, said="", visible=False) if self._bar else None
+
+    def run_started(self, folds: int, epochs: int) -> None:
+        """So many folds there are, of so many epochs at most."""
+        self._folds, self._epochs = folds, epochs
+        if self._bar and self._all is not None:
+            self._bar.update(self._all, total=folds)
+
+    def fold_started(self, fold: int, slides: int) -> None:
+        """A fold begins or goes on; it trains on so many slides."""
+        self._printed = time.monotonic()
+        if self._bar and self._one is not None:
+            self._bar.reset(self._one, total=self._epochs, said="", visible=True)
+        else:
+            self._line(fold, f"{slides} slides to train on")
+
+    def epoch_finished(self, fold: int, epoch: int, train_loss: float, validation_loss: float | None) -> None:
+        """An epoch (from 0) is done."""
+        said = f"loss {train_loss:.3f}"
+        if validation_loss is not None:
+            said += f", validation {validation_loss:.3f}"
+        if self._bar and self._one is not None:
+            self._bar.update(self._one, completed=epoch + 1, said=said)
+        elif time.monotonic() - self._printed >= _PLAIN_SECONDS:
+            self._printed = time.monotonic()
+            self._line(fold, f"epoch {epoch + 1}/{self._epochs}, {said}")
+
+    def fold_finished(self, summary: FoldSummary, resumed: bool) -> None:
+        """A fold is done; ``resumed`` where it was so before this call."""
+        if self._bar and self._all is not None:
+            self._bar.advance(self._all)
+        said = "already complete" if resumed else f"done after {summary.epochs} epochs in {summary.seconds:.1f} s"
+        if summary.auroc is not None:
+            said += f", held-out AUROC {summary.auroc:.3f}"
+        self._line(summary.fold, said)
+
+    def _line(self, fold: int, text: str) -> None:
+        self._console.print(Text(f"[fold {fold + 1}/{self._folds}] {text}"))
+
+    def __enter__(self) -> Self:
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar:
+            self._bar.stop()
+
+
+def _make_bar(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[said]}"),
+        console=console,
+        transient=True,
+    )

@@ -1,0 +1,166 @@
+"""What a classification works on: from slides, stores, folders and lists to one store of features for each slide."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias
+
+from wsi_engine.encoders import create_encoder
+from wsi_engine.encoders.base import Encoder
+from wsi_engine.errors import EncoderError, InputError, ModelError, StoreError, WeightsError
+from wsi_engine.extraction import Progress, extract_sources
+from wsi_engine.grid import GridSettings
+from wsi_engine.inputs import SlideSource, check_slide_id, find_slides
+from wsi_engine.jobs import ExtractSettings
+from wsi_engine.roster import Roster
+from wsi_engine.runs import FeatureOrigin
+from wsi_engine.store import FeatureStore, features_key
+
+CaseSource: TypeAlias = str | os.PathLike[str] | FeatureStore
+"""A slide, a store, a folder of either, a CSV, or an open store."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """One slide to classify: where its features are or will be, and the slide itself where it is at hand."""
+
+    slide_id: str
+    store: Path
+    slide: SlideSource | None = None
+
+
+@dataclass(frozen=True)
+class ExtractOptions:
+    """How features that are missing are made; the scale and the encoder are the model's."""
+
+    weights: str | None = None
+    device: str = "auto"
+    batch_size: int = 64
+    workers: int | None = None
+    reader: str = "auto"
+
+
+def find_targets(
+    sources: CaseSource | Iterable[CaseSource], features: Path, slide_mpp: float | None = None
+) -> list[Target]:
+    """List the slides that are named, in the order given.
+
+    A path ending in ``.zarr`` is a store, and so is each one in a folder that holds any; other folders, files and URLs
+    are slides, whose features are ``<features>/<slide_id>.zarr``. A CSV has a column ``slide`` or, for slides that are
+    not at hand, ``slide_id``.
+
+    Args:
+        sources: what the user named.
+        features: folder of the features of slides.
+        slide_mpp: micrometres per level-0 pixel of slides whose header has none.
+
+    Raises:
+        InputError: nothing was named, a folder or CSV holds no slide, or two slides have one id.
+    """
+    named = [sources] if isinstance(sources, str | os.PathLike | FeatureStore) else list(sources)
+    targets: list[Target] = []
+    for source in named:
+        path = Path(source.path) if isinstance(source, FeatureStore) else Path(os.fspath(source))
+        if path.suffix == ".zarr":
+            targets.append(_from_store(path))
+        elif path.is_dir() and any(path.glob("*.zarr")):
+            targets += [_from_store(store) for store in sorted(path.glob("*.zarr"))]
+        elif path.suffix.lower() == ".csv" and "slide" not in (roster := Roster.read(path)).columns:
+            targets += [Target(row.slide_id, features / f"{row.slide_id}.zarr") for row in roster]
+        else:
+            assert not isinstance(source, FeatureStore)
+            slides = find_slides([source], slide_mpp)
+            targets += [Target(slide.slide_id, features / f"{slide.slide_id}.zarr", slide) for slide in slides]
+    if not targets:
+        raise InputError("no slide was named: pass slides, stores, folders or CSV files")
+    _refuse_duplicates(targets)
+    return targets
+
+
+def extract_missing(
+    targets: Sequence[Target],
+    features: Path,
+    model: FeatureOrigin,
+    options: ExtractOptions,
+    progress: Progress | None = None,
+) -> dict[str, str]:
+    """Extract what a model takes for the slides that have none yet, all in one stream.
+
+    Returns:
+        By slide id, why a slide has none even now.
+
+    Raises:
+        ModelError: the encoder's weights are not those that the model was trained on; nothing was encoded.
+        EncoderError: the encoder cannot be made.
+        InputError: ``features`` cannot be written.
+    """
+    missing = [target for target in targets if target.slide and _lacks(target.store, model.encoder)]
+    if not missing:
+        return {}
+    encoder = _load_encoder(model, options)
+    try:
+        features.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write to the folder of features {features}: {error.strerror or error}") from error
+    grid = GridSettings(model.mpp, model.tile_px, None if model.stride_px == model.tile_px else model.stride_px)
+    settings = ExtractSettings(
+        grid, batch_size=options.batch_size, workers=options.workers, reader=options.reader
+    )  # fmt: skip
+    slides = [target.slide for target in missing if target.slide]
+    report = extract_sources(slides, features, encoder, settings, progress)
+    return {
+        result.slide_id: result.message or f"its features could not be extracted ({result.status})"
+        for result in report.results
+        if result.status in ("failed", "busy")
+    }
+
+
+def _load_encoder(model: FeatureOrigin, options: ExtractOptions) -> Encoder:
+    """The model's encoder in the precision of its training set where the device has it; its weights are checked."""
+    precision = model.precision.partition("+")[0]
+    if precision not in ("fp32", "bf16", "fp16"):
+        precision = "auto"
+    try:
+        encoder = create_encoder(model.encoder, options.weights, options.device, precision)
+    except WeightsError:
+        raise
+    except EncoderError:
+        if precision == "auto":
+            raise
+        encoder = create_encoder(model.encoder, options.weights, options.device)
+    found = encoder.card.weights_digest
+    if found != model.weights_digest:
+        raise ModelError(
+            f"the weights of {model.encoder} ({encoder.card.weights or 'none'}, digest {found[:12]}…) are not those "
+            f"that the model was trained on ({model.weights_digest[:12]}…): pass those with --weights"
+        )
+    return encoder
+
+
+def _lacks(store: Path, encoder: str) -> bool:
+    """Whether features of the encoder are still to be made; a damaged store is left for its reader to complain of."""
+    if not store.exists():
+        return True
+    try:
+        return features_key(encoder) not in FeatureStore.open(store).encoders()
+    except StoreError:
+        return False
+
+
+def _from_store(path: Path) -> Target:
+    return Target(check_slide_id(path.stem, str(path)), path)
+
+
+def _refuse_duplicates(targets: Sequence[Target]) -> None:
+    """Two slides of one id would share a row and a picture; compared without case, as some file systems do."""
+    seen: dict[str, Target] = {}
+    for target in targets:
+        other = seen.setdefault(target.slide_id.lower(), target)
+        if other is not target:
+            places = [str(one.slide.path if one.slide else one.store) for one in (other, target)]
+            raise InputError(
+                f'{places[0]} and {places[1]} are both called "{target.slide_id}": classify them into two folders'
+            )

@@ -1,0 +1,1 @@
+"""Nuclei: their segmentation without annotation, and what is measured on them."""
