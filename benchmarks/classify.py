@@ -20,10 +20,10 @@ import torch
 
 from benchmarks._common import describe_machine
 from wsi_engine.bags import StoredBags
-from wsi_engine.classification.slides import classify
-from wsi_engine.encoders.base import EncoderCard
 from wsi_engine.classification.ensemble import load_ensemble
 from wsi_engine.classification.explanation import ExplainSettings
+from wsi_engine.classification.slides import classify
+from wsi_engine.encoders.base import EncoderCard
 from wsi_engine.grid import GridSettings, TileGrid
 from wsi_engine.models import create_head, save_head
 from wsi_engine.runs import FeatureOrigin, RunFolder, RunRecord

@@ -1,10 +1,10 @@
 """Prompts in a ViT-Ti/16: memory of a step by size of bag, against fine-tuning, and its time.
 
 Run by ``python -m benchmarks.prompt``. Memory is what a step adds at its peak to a process of its own, pixels and
-network aside. Tiles are of 112 px there, so that 2,000 of them take half a minute on a processor; what a graph holds
-for a tile grows with its tokens (50 at 112 px, 197 at 224 px). Freed memory goes back to the system at once, so that
-the figures are of what is held, not of what the C library keeps for later. Times are of tiles of 224 px, in turns in
-this one process, medians.
+network aside. Tiles are of 64 px there, so that 2,000 of them take seconds on a processor; what a graph holds for a
+tile grows with its tokens (17 at 64 px, 197 at 224 px). Freed memory goes back to the system at once, so that the
+figures are of what is held, not of what the C library keeps for later. Times are of tiles of 224 px, in turns in this
+one process, medians.
 """
 
 from __future__ import annotations

@@ -24,10 +24,10 @@ import torch
 from benchmarks._common import describe_machine
 from wsi_engine import FeatureStore, TileGrid
 from wsi_engine.bags import StoredBags
+from wsi_engine.cohorts.splits import Fold
 from wsi_engine.encoders.base import EncoderCard
 from wsi_engine.memory import keep_freed_memory
 from wsi_engine.models import create_head
-from wsi_engine.splits import Fold
 from wsi_engine.store import SlideRecord
 from wsi_engine.training.fold import FoldTraining
 from wsi_engine.training.hardware import choose_hardware

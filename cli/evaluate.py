@@ -87,7 +87,7 @@ def _print_figures(found: Evaluation) -> None:
 
 
 def _print_differences(other: Comparison) -> None:
-    from wsi_engine.findings import count  # noqa: PLC0415
+    from wsi_engine.cohorts.findings import count  # noqa: PLC0415
     from wsi_engine.evaluation.columns import TITLES  # noqa: PLC0415
     from wsi_engine.evaluation.tables import format_range  # noqa: PLC0415
 

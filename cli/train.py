@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 train_app = typer.Typer(
     name="train",
-    help="Train a model: a head that tells slides apart by their labels alone.",
+    help="Train a model: a head that tells slides apart by their labels, or a network that finds nuclei.",
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -260,7 +260,7 @@ def _train(
     split_column: str,
     **training: Any,
 ) -> None:
-    from wsi_engine.splits import SplitSettings  # noqa: PLC0415 - loads only when it is needed
+    from wsi_engine.cohorts.splits import SplitSettings  # noqa: PLC0415 - loads only when it is needed
     from wsi_engine.training.settings import TrainSettings  # noqa: PLC0415
 
     splits = SplitSettings(split.value, folds, validation, test, by_site, split_column, training["seed"])

@@ -7,11 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tifffile
+from hypothesis import settings
 from numpy.typing import NDArray
 from PIL import Image
 from support import HEIGHT, WIDTH, Files, paint
 
 from wsi_engine.tiffwriter import TiffLayout, write_pyramid
+
+settings.register_profile("engine", deadline=None)  # a busy machine is not a failure
+settings.load_profile("engine")
 
 
 @pytest.fixture(scope="session")

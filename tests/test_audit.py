@@ -13,15 +13,15 @@ import numpy as np
 import pytest
 import zarr
 
-from wsi_engine.audit import TrainingSet, prepare_training_set
+from wsi_engine.cohorts.audit import TrainingSet, prepare_training_set
+from wsi_engine.cohorts.findings import Problem, count, list_some
+from wsi_engine.cohorts.inventory import survey_store, survey_stores
+from wsi_engine.cohorts.roster import Roster
+from wsi_engine.cohorts.splits import SplitSettings
 from wsi_engine.encoders.base import EncoderCard
 from wsi_engine.errors import InputError
-from wsi_engine.findings import Problem, count, list_some
 from wsi_engine.grid import TileGrid
-from wsi_engine.inventory import survey_store, survey_stores
-from wsi_engine.roster import Roster
 from wsi_engine.runs import FeatureOrigin
-from wsi_engine.splits import SplitSettings
 from wsi_engine.store import FeatureStore, SlideRecord
 from wsi_engine.writer import FeatureIdentity, FeatureWriter, write_features
 

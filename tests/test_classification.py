@@ -15,14 +15,14 @@ from PIL import Image
 from support_runs import make_origin, make_run
 
 from wsi_engine import FeatureStore, extract
-from wsi_engine.classification.slides import classify
 from wsi_engine.classification.ensemble import load_ensemble
-from wsi_engine.errors import InputError, ModelError, SettingsError, StoreError
 from wsi_engine.classification.explanation import ExplainSettings
 from wsi_engine.classification.outcomes import ClassifyReport, PredictionsFile, SlideClass
+from wsi_engine.classification.slides import classify
+from wsi_engine.classification.targets import find_targets
+from wsi_engine.errors import InputError, ModelError, SettingsError, StoreError
 from wsi_engine.runs import FeatureOrigin
 from wsi_engine.store import SlideRecord
-from wsi_engine.classification.targets import find_targets
 
 BARE = ExplainSettings(attention=False, heatmaps=False, geojson=False, sheets=False)
 

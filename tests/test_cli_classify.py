@@ -13,10 +13,10 @@ from support_runs import make_run
 from typer.testing import CliRunner, Result
 
 from wsi_engine import FeatureStore, extract
+from wsi_engine.classification.outcomes import SlideClass
 from wsi_engine.cli import console
 from wsi_engine.cli.classify import ClassifyDisplay, classify
 from wsi_engine.cli.progress import RunDisplay
-from wsi_engine.classification.outcomes import SlideClass
 from wsi_engine.runs import FeatureOrigin
 
 

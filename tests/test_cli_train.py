@@ -11,16 +11,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from cohort_files import write_cohort
 from rich.console import Console
+from support_cohort import write_cohort
 from typer.testing import CliRunner, Result
 
 from wsi_engine.cli import console
 from wsi_engine.cli.train import CLAM, SHARED, train_app
+from wsi_engine.cohorts.splits import SplitSettings
 from wsi_engine.models import list_heads, read_head_card
 from wsi_engine.models.heads.clam import ClamSettings
 from wsi_engine.runs import RunFolder
-from wsi_engine.splits import SplitSettings
 from wsi_engine.training import TrainSettings
 
 HEADS = ("clam", "abmil", "dsmil", "transmil", "mean")

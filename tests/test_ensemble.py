@@ -15,9 +15,9 @@ from scipy.stats import entropy, spearmanr
 from support_runs import make_card, make_origin, make_run
 
 from wsi_engine.classification.ensemble import Ensemble, load_ensemble
+from wsi_engine.classification.prediction import calibrate, measure_entropy
 from wsi_engine.errors import ModelError, SettingsError
 from wsi_engine.models import create_head, load_head, save_head
-from wsi_engine.classification.prediction import calibrate, measure_entropy
 from wsi_engine.runs import RunFolder
 
 DIM = 24

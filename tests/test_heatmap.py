@@ -13,8 +13,6 @@ from hypothesis.extra.numpy import arrays
 from scipy.stats import percentileofscore
 
 from wsi_engine import detect_tissue, lay_grid, open_slide
-from wsi_engine.errors import SettingsError, SlideError
-from wsi_engine.grid import TileGrid
 from wsi_engine.classification.heatmap import (
     HeatmapText,
     average_tiles,
@@ -24,6 +22,8 @@ from wsi_engine.classification.heatmap import (
     write_tiles_geojson,
 )
 from wsi_engine.classification.sheet import draw_sheet, pick_ends
+from wsi_engine.errors import SettingsError, SlideError
+from wsi_engine.grid import TileGrid
 from wsi_engine.store import SlideRecord
 
 

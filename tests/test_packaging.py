@@ -42,7 +42,7 @@ def test_links_resolve() -> None:
         assert link.resolve() == ROOT / name
 
 
-PARTS = ("readers", "encoders", "formats", "metrics", "training", "evaluation", "classification", "nuclei")
+PARTS = ("readers", "encoders", "formats", "metrics", "cohorts", "training", "evaluation", "classification", "nuclei")
 """Packages of the flow."""
 
 FOLDERS = ("", *PARTS, "kernels", "models", "models/heads")
@@ -139,8 +139,7 @@ FLOW = (
     "version", "errors", "metrics", "clock", "bottleneck", "workers", "memory",
     "readers", "fingerprint", "sampling", "slide", "tissue", "grid", "feed", "stream", "inputs",
     "encoders", "shards", "store", "writer", "lease", "jobs", "extraction", "bench", "formats", "picture",
-    "runs", "bags", "roster", "findings", "sites", "partition", "splits", "inventory", "featurechoice", "audit",
-    "predictions", "training", "classification", "evaluation", "nuclei",
+    "runs", "bags", "cohorts", "predictions", "training", "classification", "evaluation", "nuclei",
 )  # fmt: skip
 """Modules in the order of the flow: each imports only what stands before it."""
 

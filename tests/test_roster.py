@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from wsi_engine.cohorts.roster import Roster
 from wsi_engine.errors import InputError
-from wsi_engine.roster import Roster
 
 CSV = """slide_id,slide,patient,label,site
 a,slides/one.svs,ann,tumour,x

@@ -11,9 +11,9 @@ from hypothesis import given as with_data
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+from wsi_engine.cohorts.sites import share_sites
+from wsi_engine.cohorts.splits import Fold, SplitSettings, split_patients
 from wsi_engine.errors import InputError, SettingsError
-from wsi_engine.sites import share_sites
-from wsi_engine.splits import Fold, SplitSettings, split_patients
 
 Cohort = tuple[list[int], list[str]]
 

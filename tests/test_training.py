@@ -18,17 +18,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cohort_files import write_cohort
 from sklearn.metrics import roc_auc_score
+from support_cohort import write_cohort
 
 from wsi_engine.bags import ArrayBags
+from wsi_engine.cohorts.splits import Fold, SplitSettings
 from wsi_engine.errors import BusyError, InputError, ModelError, SettingsError, WsiError
 from wsi_engine.lease import hold_lease
 from wsi_engine.metrics import apply_temperature, youden_threshold
 from wsi_engine.models import load_head, read_head_card
 from wsi_engine.predictions import PredictionTable
 from wsi_engine.runs import RunFolder
-from wsi_engine.splits import Fold, SplitSettings
 from wsi_engine.training import FittedFold, HeadPlan, TrainReport, TrainSettings, fit_fold, train_head
 from wsi_engine.training import fold as fold_module
 from wsi_engine.training.dropout import CheapDropout, cheap_dropout, drop_units
@@ -528,7 +528,7 @@ import os, signal, torch
 torch.set_num_threads(1)
 import wsi_engine.training.fold as fold
 from wsi_engine.training import TrainSettings, train_head
-from wsi_engine.splits import SplitSettings
+from wsi_engine.cohorts.splits import SplitSettings
 fold.SAVE_SECONDS = 0.0
 class Kills:
     def run_started(self, folds, epochs): pass

@@ -11,26 +11,28 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from wsi_engine import errors, kernels, metrics, models, synthetic
-    from wsi_engine.audit import TrainingSet, prepare_training_set
     from wsi_engine.bags import ArrayBags, StoredBags, prefetch
     from wsi_engine.classification.ensemble import Ensemble, load_ensemble
     from wsi_engine.classification.explanation import ExplainSettings
     from wsi_engine.classification.outcomes import ClassifyReport
     from wsi_engine.classification.prediction import Prediction
     from wsi_engine.classification.slides import classify
+    from wsi_engine.cohorts.audit import TrainingSet, prepare_training_set
+    from wsi_engine.cohorts.roster import Roster
+    from wsi_engine.cohorts.splits import Fold, SplitSettings, split_patients
     from wsi_engine.encoders import create_encoder, list_encoders
     from wsi_engine.encoders.base import Encoder, EncoderCard
     from wsi_engine.errors import WsiError
+    from wsi_engine.evaluation import Comparison, Evaluation, compare_runs, evaluate_run, write_evaluation
     from wsi_engine.extraction import ExtractReport, extract
     from wsi_engine.grid import TileGrid, lay_grid
     from wsi_engine.picture import draw_overview, save_picture
-    from wsi_engine.roster import Roster
+    from wsi_engine.predictions import PredictionTable
     from wsi_engine.slide import Slide, open_slide
-    from wsi_engine.splits import Fold, SplitSettings, split_patients
     from wsi_engine.store import FeatureStore
     from wsi_engine.stream import TileBatch, stream_tiles
     from wsi_engine.tissue import TissueMask, TissueSettings, detect_tissue
-    from wsi_engine.training import TrainReport, TrainSettings, train_head
+    from wsi_engine.training import FittedFold, HeadPlan, TrainReport, TrainSettings, fit_fold, train_head
     from wsi_engine.version import __version__
 
 _HOMES = {
@@ -38,20 +40,29 @@ _HOMES = {
     "ClassifyReport": "classification.outcomes",
     "Ensemble": "classification.ensemble",
     "ExplainSettings": "classification.explanation",
-    "Fold": "splits",
+    "Fold": "cohorts.splits",
     "Prediction": "classification.prediction",
-    "Roster": "roster",
-    "SplitSettings": "splits",
+    "Roster": "cohorts.roster",
+    "SplitSettings": "cohorts.splits",
     "StoredBags": "bags",
     "TrainReport": "training",
     "TrainSettings": "training",
-    "TrainingSet": "audit",
+    "TrainingSet": "cohorts.audit",
     "classify": "classification.slides",
     "load_ensemble": "classification.ensemble",
     "prefetch": "bags",
-    "prepare_training_set": "audit",
-    "split_patients": "splits",
+    "prepare_training_set": "cohorts.audit",
+    "split_patients": "cohorts.splits",
     "train_head": "training",
+    "fit_fold": "training",
+    "HeadPlan": "training",
+    "FittedFold": "training",
+    "Comparison": "evaluation",
+    "Evaluation": "evaluation",
+    "compare_runs": "evaluation",
+    "evaluate_run": "evaluation",
+    "write_evaluation": "evaluation",
+    "PredictionTable": "predictions",
     "Encoder": "encoders.base",
     "EncoderCard": "encoders.base",
     "ExtractReport": "extraction",
@@ -104,6 +115,15 @@ __all__ = [  # noqa: RUF022 - in the order of the flow
     "train_head",
     "TrainSettings",
     "TrainReport",
+    "fit_fold",
+    "HeadPlan",
+    "FittedFold",
+    "evaluate_run",
+    "compare_runs",
+    "write_evaluation",
+    "Evaluation",
+    "Comparison",
+    "PredictionTable",
     "classify",
     "ClassifyReport",
     "ExplainSettings",

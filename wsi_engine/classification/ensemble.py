@@ -24,11 +24,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from wsi_engine.classification.prediction import Prediction, calibrate, measure_entropy
 from wsi_engine.encoders.precision import Precision, arithmetic, choose_precision, lower_network
 from wsi_engine.errors import ModelError, SettingsError
 from wsi_engine.memory import keep_freed_memory
 from wsi_engine.models import Head, HeadError, load_head, read_head_card
-from wsi_engine.classification.prediction import Prediction, calibrate, measure_entropy
 from wsi_engine.runs import FeatureOrigin, RunFolder
 from wsi_engine.workers import usable_cores
 

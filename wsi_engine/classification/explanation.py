@@ -10,16 +10,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wsi_engine.classification.ensemble import Ensemble
-from wsi_engine.errors import InputError, MismatchError, SettingsError
-from wsi_engine.grid import TileGrid
 from wsi_engine.classification.heatmap import HeatmapText, draw_heatmap, rank_percentiles, write_tiles_geojson
-from wsi_engine.lease import hold_lease
-from wsi_engine.picture import save_picture
 from wsi_engine.classification.prediction import Prediction
 from wsi_engine.classification.sheet import draw_sheet
+from wsi_engine.classification.targets import Target
+from wsi_engine.errors import InputError, MismatchError, SettingsError
+from wsi_engine.grid import TileGrid
+from wsi_engine.lease import hold_lease
+from wsi_engine.picture import save_picture
 from wsi_engine.slide import Slide, open_slide
 from wsi_engine.store import FeatureStore, SlideRecord
-from wsi_engine.classification.targets import Target
 from wsi_engine.version import __version__
 
 

@@ -8,9 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
+from wsi_engine.classification.heatmap import colour
 from wsi_engine.errors import SettingsError
 from wsi_engine.grid import TileGrid
-from wsi_engine.classification.heatmap import colour
 from wsi_engine.readers.base import RGBImage
 from wsi_engine.slide import Slide
 

@@ -20,14 +20,14 @@ from numpy.typing import NDArray
 
 from wsi_engine.bags import StoredBags
 from wsi_engine.classification.ensemble import Ensemble, load_ensemble
-from wsi_engine.errors import WsiError
 from wsi_engine.classification.explanation import Explained, ExplainSettings, explain_prediction, make_folders
-from wsi_engine.extraction import Progress
 from wsi_engine.classification.outcomes import ClassifyReport, PredictionsFile, SlideClass
 from wsi_engine.classification.prediction import Prediction
+from wsi_engine.classification.targets import CaseSource, ExtractOptions, Target, extract_missing, find_targets
+from wsi_engine.errors import WsiError
+from wsi_engine.extraction import Progress
 from wsi_engine.runs import FeatureOrigin
 from wsi_engine.store import FeatureStore
-from wsi_engine.classification.targets import CaseSource, ExtractOptions, Target, extract_missing, find_targets
 from wsi_engine.workers import usable_cores
 
 _READERS = 2
@@ -73,7 +73,8 @@ def classify(
     Args:
         slides: slides, stores (``.zarr``), folders of either, CSVs with a column ``slide`` or ``slide_id``, or open
             stores; see :func:`~wsi_engine.classification.targets.find_targets`.
-        model: folder of ``wsi train``, one head file of it, or a loaded :class:`~wsi_engine.classification.ensemble.Ensemble`.
+        model: folder of ``wsi train``, one head file of it, or a loaded
+            :class:`~wsi_engine.classification.ensemble.Ensemble`.
         out: folder of the results, made if it is not there.
         features: folder of the slides' stores; None for ``<out>/features``.
         weights: the encoder's weights where features are missing, as for :func:`~wsi_engine.extraction.extract`; they

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
+from wsi_engine.cohorts.roster import Roster
 from wsi_engine.encoders import create_encoder
 from wsi_engine.encoders.base import Encoder
 from wsi_engine.errors import EncoderError, InputError, ModelError, StoreError, WeightsError
@@ -15,7 +16,6 @@ from wsi_engine.extraction import Progress, extract_sources
 from wsi_engine.grid import GridSettings
 from wsi_engine.inputs import SlideSource, check_slide_id, find_slides
 from wsi_engine.jobs import ExtractSettings
-from wsi_engine.roster import Roster
 from wsi_engine.runs import FeatureOrigin
 from wsi_engine.store import FeatureStore, features_key
 

@@ -12,12 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wsi_engine.classification.prediction import calibrate, measure_entropy
+from wsi_engine.cohorts.findings import count
+from wsi_engine.cohorts.roster import RosterSource
 from wsi_engine.errors import InputError, ModelError
 from wsi_engine.evaluation.truth import Truth
-from wsi_engine.findings import count
 from wsi_engine.metrics import decide
 from wsi_engine.predictions import LEAD, PredictionLines, PredictionTable, read_lines
-from wsi_engine.roster import RosterSource
 from wsi_engine.runs import RunFolder, RunRecord
 
 Ints = NDArray[np.int64]

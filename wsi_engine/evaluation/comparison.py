@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 
+from wsi_engine.cohorts.findings import count, list_some
+from wsi_engine.cohorts.roster import RosterSource
 from wsi_engine.errors import InputError
 from wsi_engine.evaluation.cases import Cases, Ints, gather_cases
 from wsi_engine.evaluation.columns import list_measures, stack_columns
-from wsi_engine.evaluation.figures import warn_of_patients, warn_of_figures
-from wsi_engine.findings import count, list_some
+from wsi_engine.evaluation.figures import warn_of_figures, warn_of_patients
 from wsi_engine.metrics import BootstrapSettings, Difference, decide, paired_bootstrap
-from wsi_engine.roster import RosterSource
 
 
 @dataclass(frozen=True, eq=False)

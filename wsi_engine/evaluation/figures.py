@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from wsi_engine.cohorts.findings import count
+from wsi_engine.cohorts.roster import RosterSource
 from wsi_engine.evaluation.cases import Cases, gather_cases
 from wsi_engine.evaluation.columns import TITLES, list_class_measures, list_measures, stack_columns
-from wsi_engine.findings import count
 from wsi_engine.metrics import (
     BootstrapSettings,
     Interval,
@@ -22,7 +23,6 @@ from wsi_engine.metrics import (
 )
 from wsi_engine.metrics.checks import Ints
 from wsi_engine.metrics.classification import Measure
-from wsi_engine.roster import RosterSource
 
 FEW_PATIENTS, FEW_OF_CLASS = 30, 10
 """Below so many patients, in all or of one class, percentile intervals are too narrow to be trusted."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from math import isfinite
 
+from wsi_engine.cohorts.findings import count
 from wsi_engine.evaluation.cases import Cases
 from wsi_engine.evaluation.columns import TITLES
 from wsi_engine.evaluation.comparison import Comparison
 from wsi_engine.evaluation.figures import Evaluation
-from wsi_engine.findings import count
 from wsi_engine.metrics import Interval
 from wsi_engine.metrics.checks import Ints
 
@@ -158,10 +158,11 @@ def _tabulate_comparison(against: Comparison) -> str:
         )
         for name, one in against.differences.items()
     ]  # fmt: skip
+    size = f"{count(against.slides, 'slide')} of {count(against.patients, 'patient')}"
     text = (
-        f"## Against {_cell(against.second)}\n\nOn the {count(against.slides, 'slide')} of {count(against.patients, 'patient')} that "
-        f"both hold, the same resamples of patients for both. Left out: {count(against.only_first, 'slide')} that only "
-        f"the first holds, and {count(against.only_second, 'slide')} that only the second holds.\n\n"
+        f"## Against {_cell(against.second)}\n\nOn the {size} that both hold, the same resamples of patients for both. "
+        f"Left out: {count(against.only_first, 'slide')} that only the first holds, and "
+        f"{count(against.only_second, 'slide')} that only the second holds.\n\n"
     )
     text += _lay_table(("figure", "first", "second", "second − first", "95 % interval", "p"), rows)
     if against.warnings:

@@ -9,9 +9,9 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
+from wsi_engine.cohorts.findings import count, list_some
+from wsi_engine.cohorts.roster import Roster, RosterSource
 from wsi_engine.errors import InputError
-from wsi_engine.findings import count, list_some
-from wsi_engine.roster import Roster, RosterSource
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +37,7 @@ class Truth:
         """Read a cohort; None where none is given.
 
         Args:
-            cohort: as :meth:`~wsi_engine.roster.Roster.read` takes it.
+            cohort: as :meth:`~wsi_engine.cohorts.roster.Roster.read` takes it.
             label: its column of classes.
             default: the column where ``label`` is not given.
 

@@ -31,7 +31,7 @@ from wsi_engine.training.state import FoldState, read_state, write_state
 
 if TYPE_CHECKING:
     from wsi_engine.bags import BagSource
-    from wsi_engine.splits import Fold
+    from wsi_engine.cohorts.splits import Fold
 
 SAVE_SECONDS = 10.0
 """After this time the next end of an epoch is written to the state file."""

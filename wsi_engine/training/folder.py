@@ -20,8 +20,8 @@ from wsi_engine.predictions import PredictionTable
 from wsi_engine.runs import RunFolder, RunRecord, write_text
 
 if TYPE_CHECKING:
-    from wsi_engine.audit import TrainingSet
-    from wsi_engine.splits import Fold
+    from wsi_engine.cohorts.audit import TrainingSet
+    from wsi_engine.cohorts.splits import Fold
 
 Probabilities = dict[int, NDArray[np.float64]]
 """Probabilities (n, C) of the slides of one part, by the number of the fold."""

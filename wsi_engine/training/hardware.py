@@ -20,15 +20,19 @@ LOWERED_HEADS = ("clam_sb", "clam_mb", "abmil")
 pseudo-inverse amplifies rounding, and the mean has nothing to gain."""
 
 LEAST_NUMBERS = 2**17
-"""Numbers in a bag (tiles × dim) from which bf16 pays; below, converting costs more than the products save."""
+"""Numbers in a bag (tiles × dim) from which bf16 and threads pay; below, converting and sharing cost more."""
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """A device and the precision of products on it; weights, losses and the optimiser are fp32 always."""
+    """A device and the precision of products on it; weights, losses and the optimiser are fp32 always.
+
+    ``threads`` is the number of torch's threads on a CPU; None leaves it as it is.
+    """
 
     device: torch.device
     precision: Precision
+    threads: int | None = None
 
     @contextmanager
     def arithmetic(self) -> Iterator[None]:
@@ -42,17 +46,20 @@ class Hardware:
         before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
         memory: Any = torch.utils.deterministic
         fills = memory.fill_uninitialized_memory
+        threads = torch.get_num_threads()
         devices = [self.device] if self.device.type == "cuda" else []
         if devices:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it to be repeatable
         torch.use_deterministic_algorithms(True, warn_only=bool(devices))
         memory.fill_uninitialized_memory = False
+        torch.set_num_threads(self.threads or threads)
         try:
             with torch.random.fork_rng(devices):
                 yield
         finally:
             torch.use_deterministic_algorithms(before[0], warn_only=before[1])
             memory.fill_uninitialized_memory = fills
+            torch.set_num_threads(threads)
 
 
 def choose_hardware(settings: TrainSettings, head: str, numbers: float) -> Hardware:
@@ -69,11 +76,13 @@ def choose_hardware(settings: TrainSettings, head: str, numbers: float) -> Hardw
     from wsi_engine.encoders.deep import choose_device  # noqa: PLC0415 - loads timm
 
     device = choose_device(settings.device)
+    threads = None
     if device.type == "cpu":
         keep_freed_memory()
-        torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))
+        # handing out a small bag's work to threads takes longer than the work, much longer beside other processes
+        threads = min(torch.get_num_threads(), usable_cores()) if numbers >= LEAST_NUMBERS else 1
     if settings.precision != "auto":
-        return Hardware(device, choose_precision(settings.precision, device))
+        return Hardware(device, choose_precision(settings.precision, device), threads)
     best = choose_precision("auto", device)
     gains = best.type == "bf16" and head in LOWERED_HEADS and numbers >= LEAST_NUMBERS
-    return Hardware(device, best if gains else Precision("fp32"))
+    return Hardware(device, best if gains else Precision("fp32"), threads)

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from wsi_engine.audit import prepare_training_set
 from wsi_engine.bags import StoredBags
+from wsi_engine.cohorts.audit import prepare_training_set
+from wsi_engine.cohorts.splits import Fold, SplitSettings, split_patients
 from wsi_engine.errors import ModelError
 from wsi_engine.metrics import apply_temperature, auroc, fit_temperature, youden_threshold
 from wsi_engine.models import HeadError, read_head_card, save_head
 from wsi_engine.runs import RunFolder, RunRecord
-from wsi_engine.splits import Fold, SplitSettings, split_patients
 from wsi_engine.training.fold import FittedFold, fit_fold, fold_warnings, typical_numbers
 from wsi_engine.training.folder import (
     Probabilities,
@@ -36,8 +36,8 @@ from wsi_engine.training.settings import TrainSettings
 from wsi_engine.version import __version__
 
 if TYPE_CHECKING:
-    from wsi_engine.audit import TrainingSet
-    from wsi_engine.roster import RosterSource
+    from wsi_engine.cohorts.audit import TrainingSet
+    from wsi_engine.cohorts.roster import RosterSource
 
 _log = logging.getLogger(__name__)
 

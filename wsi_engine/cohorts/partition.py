@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from wsi_engine.sites import share_sites
+from wsi_engine.cohorts.sites import share_sites
 
 _MOST_VALIDATION = 0.5
 """Most of what is not tested on that may be validated on, where whole sites are shared out."""

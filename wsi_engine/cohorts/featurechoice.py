@@ -6,9 +6,9 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
-from wsi_engine.findings import Problem, count, list_some
-from wsi_engine.inventory import StoredFeatures, StoreFacts
-from wsi_engine.roster import Roster
+from wsi_engine.cohorts.findings import Problem, count, list_some
+from wsi_engine.cohorts.inventory import StoredFeatures, StoreFacts
+from wsi_engine.cohorts.roster import Roster
 from wsi_engine.store import features_key
 
 

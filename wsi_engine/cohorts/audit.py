@@ -12,13 +12,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from wsi_engine.cohorts.featurechoice import choose_features
+from wsi_engine.cohorts.findings import Problem, count, write_report
+from wsi_engine.cohorts.inventory import StoredFeatures, StoreFacts, survey_stores
+from wsi_engine.cohorts.roster import Roster, RosterRow, RosterSource
+from wsi_engine.cohorts.splits import Fold, SplitSettings, find_split_problems, split_patients
 from wsi_engine.errors import InputError
-from wsi_engine.featurechoice import choose_features
-from wsi_engine.findings import Problem, count, write_report
-from wsi_engine.inventory import StoredFeatures, StoreFacts, survey_stores
-from wsi_engine.roster import Roster, RosterRow, RosterSource
 from wsi_engine.runs import FeatureOrigin
-from wsi_engine.splits import Fold, SplitSettings, find_split_problems, split_patients
 
 MOST_IMBALANCE = 10
 """How many times more slides the largest class may have than the smallest before a warning is due."""
@@ -76,7 +76,7 @@ def prepare_training_set(
     are read.
 
     Args:
-        cohort: a CSV, rows, a data frame or a roster; see :meth:`~wsi_engine.roster.Roster.read`.
+        cohort: a CSV, rows, a data frame or a roster; see :meth:`~wsi_engine.cohorts.roster.Roster.read`.
         features: folder of the stores, ``<features>/<slide_id>.zarr``.
         label: the column to learn.
         encoder: whose features; None for the only ones there are.

@@ -10,9 +10,9 @@ from typing import Literal, TypeAlias, TypeVar, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from wsi_engine.cohorts.findings import Problem, count, list_some
+from wsi_engine.cohorts.partition import Patients, deal_folds, draw_share, share_by_site, share_site_validation
 from wsi_engine.errors import InputError, SettingsError
-from wsi_engine.findings import Problem, count, list_some
-from wsi_engine.partition import Patients, deal_folds, draw_share, share_by_site, share_site_validation
 
 SplitKind: TypeAlias = Literal["k-fold", "monte-carlo", "column"]
 
