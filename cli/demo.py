@@ -27,7 +27,8 @@ def demo(
         typer.Option(help="Micrometres per level-0 pixel, where the header has none.", show_default=False),
     ] = None,
 ) -> None:
-    """Do the main job end to end: info, extraction by two encoders, and a picture."""
+    """Do the main job end to end: info, features by two encoders, a picture, and a cohort trained and classified."""
+    from wsi_engine.cli.demo_cohort import demo_cohort  # noqa: PLC0415
     from wsi_engine.cli.info import info  # noqa: PLC0415
 
     start = time.monotonic()
@@ -44,6 +45,7 @@ def demo(
     _say("What there is now")
     _print_store(store)
     console.out.print(f"picture: {picture}", markup=False)
+    demo_cohort(out)
     _print_next(path, out, store, time.monotonic() - start)
 
 
@@ -118,6 +120,8 @@ def _print_store(store: str) -> None:
 
 def _print_next(path: str, out: Path, store: str, seconds: float) -> None:
     """Commands to try next, ready to paste."""
+    from wsi_engine.cli.demo_cohort import next_commands  # noqa: PLC0415
+
     console.out.print(f"done in {seconds:.0f} s")
     _say("Next")
     for line in (
@@ -125,6 +129,7 @@ def _print_next(path: str, out: Path, store: str, seconds: float) -> None:
         f"wsi extract YOUR_SLIDES/ -o {out}/yours --encoder texture",
         f"wsi extract {path} -o {out}/features --encoder uni --weights uni.safetensors",
         f"wsi export trident {store} -o {out}/trident --encoder texture",
+        *next_commands(out),
         f'python -c "import wsi_engine as we; print(we.FeatureStore.open({store!r}).features({"texture"!r}).shape)"',
     ):
         console.out.print(f"  {line}", markup=False)
