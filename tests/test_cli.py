@@ -26,7 +26,7 @@ def wsi(*arguments: object) -> Result:
 def test_help_names_every_command() -> None:
     result = wsi("--help")
     assert result.exit_code == 0
-    for command in ("info", "encoders", "extract", "import", "export", "demo"):
+    for command in ("info", "encoders", "extract", "train", "evaluate", "classify", "import", "export", "bench", "demo"):
         assert command in result.stdout
         assert wsi(command, "--help").exit_code == 0
 
