@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Annotated, Self
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import TextColumn
 from rich.table import Table
 from rich.text import Text
 
 from wsi_engine.cli import console
+from wsi_engine.cli.display import BarDisplay, make_bar
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -99,7 +99,7 @@ def classify(
         raise typer.Exit(console.EXIT_FAILED)
 
 
-class ClassifyDisplay:
+class ClassifyDisplay(BarDisplay):
     """Shows a classification: a bar with the time left on a terminal, a line a slide elsewhere.
 
     A :class:`~wsi_engine.classification.slides.ClassifyProgress`. On a terminal it takes over from the display of the
@@ -107,20 +107,16 @@ class ClassifyDisplay:
     """
 
     def __init__(self, target: Console, before: RunDisplay) -> None:
-        self._console = target
+        super().__init__(target, None)
         self._before = before
-        self._bar: Progress | None = None
         self._slides = self._finished = 0
 
     def run_started(self, slides: int) -> None:
         """So many slides are classified."""
         self._before.__exit__(None, None, None)
         self._slides = slides
-        if self._console.is_terminal:
-            self._bar = Progress(
-                TextColumn("classifying"), BarColumn(), MofNCompleteColumn(), TextColumn("slides"),
-                TimeRemainingColumn(), console=self._console, transient=True,
-            )  # fmt: skip
+        self._bar = make_bar(self._console, TextColumn("classifying"), TextColumn("slides"))
+        if self._bar:
             self._bar.add_task("", total=slides)
             self._bar.start()
 
@@ -136,15 +132,6 @@ class ClassifyDisplay:
         said = "failed" if result.status == "failed" else result.prediction
         head = f"[{self._finished}/{self._slides}] {result.slide_id}: "
         self._console.print(Text.assemble(head, (said, style), f", {words}"))
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._bar:
-            self._bar.stop()
 
 
 def _certainty(result: SlideClass) -> str:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import time
-from types import TracebackType
-from typing import Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.progress import ProgressColumn, Task, TextColumn
 from rich.text import Text
 
+from wsi_engine.cli.display import BarDisplay, make_bar
 from wsi_engine.jobs import SlideResult
 
 _PLAIN_SECONDS = 10.0
@@ -18,14 +17,13 @@ _PLAIN_SECONDS = 10.0
 _STYLES = {"done": "green", "already complete": "dim", "no tissue": "yellow", "busy": "yellow", "failed": "bold red"}
 
 
-class RunDisplay:
+class RunDisplay(BarDisplay):
     """Shows an extraction on a console; a context manager and a :class:`~wsi_engine.extraction.Progress`."""
 
     def __init__(self, console: Console) -> None:
-        self._console = console
+        super().__init__(console, make_bar(console, TextColumn("{task.fields[slide]}"), _Rate()))
         self._slides = 0
         self._finished = 0
-        self._bar = _make_bar(console) if console.is_terminal else None
         self._task = self._bar.add_task("", total=None, slide="opening") if self._bar else None
         self._slide, self._tiles, self._done, self._begun = "", 0, 0, 0
         self._started = self._printed = 0.0
@@ -68,17 +66,6 @@ class RunDisplay:
     def _line(self, text: str) -> None:
         self._console.print(Text(f"{self._count()} {text}"))
 
-    def __enter__(self) -> Self:
-        if self._bar:
-            self._bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._bar:
-            self._bar.stop()
-
 
 def _details(result: SlideResult) -> str:
     if result.message:
@@ -94,15 +81,3 @@ class _Rate(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         return Text(f"{task.speed:.0f} tiles/s" if task.speed else "", style="cyan")
-
-
-def _make_bar(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.fields[slide]}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        _Rate(),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-    )

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import TextColumn
 from rich.text import Text
+
+from wsi_engine.cli.display import BarDisplay, make_bar
 
 if TYPE_CHECKING:
     from wsi_engine.training.report import FoldSummary
@@ -17,14 +18,15 @@ _PLAIN_SECONDS = 10.0
 """Least time between two plain lines of one fold."""
 
 
-class TrainDisplay:
+class TrainDisplay(BarDisplay):
     """Shows a training on a console; a context manager and a :class:`~wsi_engine.training.report.TrainProgress`."""
 
     def __init__(self, console: Console) -> None:
-        self._console = console
+        super().__init__(
+            console, make_bar(console, TextColumn("{task.description}"), TextColumn("{task.fields[said]}"))
+        )
         self._folds = self._epochs = 0
         self._printed = 0.0
-        self._bar = _make_bar(console) if console.is_terminal else None
         self._all = self._bar.add_task("folds", total=None, said="") if self._bar else None
         self._one = self._bar.add_task("epochs", total=None, said="", visible=False) if self._bar else None
 
@@ -64,26 +66,3 @@ class TrainDisplay:
 
     def _line(self, fold: int, text: str) -> None:
         self._console.print(Text(f"[fold {fold + 1}/{self._folds}] {text}"))
-
-    def __enter__(self) -> Self:
-        if self._bar:
-            self._bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._bar:
-            self._bar.stop()
-
-
-def _make_bar(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[said]}"),
-        console=console,
-        transient=True,
-    )

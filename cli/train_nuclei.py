@@ -5,14 +5,14 @@ from __future__ import annotations
 import time
 from enum import StrEnum
 from pathlib import Path
-from types import TracebackType
-from typing import Annotated, Any, Self
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import TextColumn
 
 from wsi_engine.cli import console
+from wsi_engine.cli.display import BarDisplay, make_bar
 
 _PLAIN_SECONDS = 30.0
 """Least time between two plain lines within an epoch."""
@@ -89,14 +89,13 @@ def train_nuclei(
     console.out.print(f"trained on {report.pictures} images in {report.seconds:.0f} s: {report.model}")
 
 
-class ScaleDisplay:
+class ScaleDisplay(BarDisplay):
     """Shows a training on a console; a context manager and a
     :class:`~wsi_engine.nuclei.scale_training.ScaleProgress`.
     """
 
     def __init__(self, to: Console) -> None:
-        self._console = to
-        self._bar = _make_bar(to) if to.is_terminal else None
+        super().__init__(to, make_bar(to, TextColumn("{task.fields[text]}"), TextColumn("batches")))
         self._task = self._bar.add_task("", total=None, text="opening images") if self._bar else None
         self._total = self._done = 0
         self._began = self._printed = time.monotonic()
@@ -131,26 +130,3 @@ class ScaleDisplay:
         if "report_aji" in entry:
             line += f", AJI {entry['report_aji']:.3f}, Dice {entry['report_dice']:.3f}"
         self._console.print(f"{line} ({entry['seconds']:.0f} s)")
-
-    def __enter__(self) -> Self:
-        if self._bar:
-            self._bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._bar:
-            self._bar.stop()
-
-
-def _make_bar(to: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.fields[text]}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("batches"),
-        TimeRemainingColumn(),
-        console=to,
-        transient=True,
-    )

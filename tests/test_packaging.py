@@ -136,7 +136,7 @@ def test_exported_names_are_documented() -> None:
 
 
 FLOW = (
-    "version", "errors", "metrics", "clock", "bottleneck", "workers", "memory",
+    "version", "errors", "checks", "metrics", "clock", "bottleneck", "workers", "memory",
     "readers", "fingerprint", "sampling", "slide", "tissue", "grid", "feed", "stream", "inputs",
     "encoders", "shards", "store", "writer", "lease", "jobs", "extraction", "bench", "formats", "picture",
     "runs", "bags", "cohorts", "predictions", "training", "classification", "evaluation", "nuclei",

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from wsi_engine.checks import check_choice, check_count, check_number
 from wsi_engine.errors import SettingsError
 from wsi_engine.models.scale_attention import ScaleAttentionSettings
 from wsi_engine.nuclei.scale_stains import NORMALISATIONS
@@ -75,21 +75,21 @@ class ScaleTrainingSettings:
             ("views", 1, 8), ("sheet_crops", 1, 64), ("checkpoint_batches", 1, None), ("seed", 0, 2**63 - 1),
             ("workers", 1, None),
         ):  # fmt: skip
-            _check_count(name, getattr(self, name), least, most)
+            check_count(name, getattr(self, name), least, most)
         if self.crop_px % 2:
             raise SettingsError(f"crop_px must be even, so that crops can be halved, not {self.crop_px}")
-        _check_number("learning_rate", self.learning_rate, above=True)
+        check_number("learning_rate", self.learning_rate, above=True)
         for name in ("weight_decay", "stain_jitter"):
-            _check_number(name, getattr(self, name))
+            check_number(name, getattr(self, name))
         for name in ("beta1", "min_tissue"):
-            _check_number(name, getattr(self, name))
+            check_number(name, getattr(self, name))
             if getattr(self, name) >= 1:
                 raise SettingsError(f"{name} must be below 1, not {getattr(self, name)}")
         for name in ("image_mpp", "slide_mpp"):
             if getattr(self, name) is not None:
-                _check_number(name, getattr(self, name), above=True)
-        _check_choice("normalisation", self.normalisation, NORMALISATIONS)
-        _check_choice("precision", self.precision, PRECISIONS)
+                check_number(name, getattr(self, name), above=True)
+        check_choice("normalisation", self.normalisation, NORMALISATIONS)
+        check_choice("precision", self.precision, PRECISIONS)
         if not isinstance(self.classifier_weights, str) or not self.classifier_weights:
             raise SettingsError(f"classifier_weights must be hub, random or a file, not {self.classifier_weights!r}")
 
@@ -103,23 +103,3 @@ class ScaleTrainingSettings:
         plain = asdict(self)
         plain["network"]["dilations"] = list(self.network.dilations)
         return {name: value for name, value in plain.items() if name not in _HARDWARE}
-
-
-def _check_count(name: str, value: object, least: int, most: int | None) -> None:
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    if not whole or value < least or (most is not None and value > most):  # type: ignore[operator]
-        span = f"of at least {least}" if most is None else f"from {least} to {most}"
-        raise SettingsError(f"{name} must be a whole number {span}, not {value!r}")
-
-
-def _check_number(name: str, value: object, above: bool = False) -> None:
-    """Refuse anything but a finite number of at least 0; with ``above`` 0 itself too."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise SettingsError(f"{name} must be a number, not {value!r}")
-    if value < 0 or (above and value == 0):
-        raise SettingsError(f"{name} must be {'above 0' if above else 'at least 0'}, not {value!r}")
-
-
-def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise SettingsError(f"{name} {value!r} is unknown; use one of {', '.join(choices)}")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
+from wsi_engine.checks import check_choice, check_count, check_number
 from wsi_engine.errors import SettingsError
 
 OPTIMISERS = ("adam", "adamw")
@@ -56,36 +56,18 @@ class TrainSettings:
         for name, least in (
             ("epochs", 1), ("patience", 1), ("least_epochs", 0), ("bags_per_step", 1), ("seed", 0), ("workers", 1),
         ):  # fmt: skip
-            _check_count(name, getattr(self, name), least)
+            check_count(name, getattr(self, name), least)
         if self.max_tiles is not None:
-            _check_count("max_tiles", self.max_tiles, 1)
-        _check_number("learning_rate", self.learning_rate, above=True)
-        _check_number("weight_decay", self.weight_decay)
-        _check_number("tile_dropout", self.tile_dropout)
+            check_count("max_tiles", self.max_tiles, 1)
+        check_number("learning_rate", self.learning_rate, above=True)
+        check_number("weight_decay", self.weight_decay)
+        check_number("tile_dropout", self.tile_dropout)
         if self.tile_dropout >= 1:
             raise SettingsError(f"tile_dropout must be below 1, so that tiles remain, not {self.tile_dropout}")
-        _check_choice("optimiser", self.optimiser, OPTIMISERS)
-        _check_choice("schedule", self.schedule, SCHEDULES)
-        _check_choice("precision", self.precision, PRECISIONS)
+        check_choice("optimiser", self.optimiser, OPTIMISERS)
+        check_choice("schedule", self.schedule, SCHEDULES)
+        check_choice("precision", self.precision, PRECISIONS)
         if not isinstance(self.balanced, bool):
             raise SettingsError(f"balanced must be True or False, not {self.balanced!r}")
         if not isinstance(self.device, str) or not self.device:
             raise SettingsError(f"device must be auto, cpu, cuda or a device by torch's name, not {self.device!r}")
-
-
-def _check_count(name: str, value: object, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise SettingsError(f"{name} must be a whole number of at least {least}, not {value!r}")
-
-
-def _check_number(name: str, value: object, above: bool = False) -> None:
-    """Refuse anything but a finite number of at least 0; with ``above`` 0 itself too."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise SettingsError(f"{name} must be a number, not {value!r}")
-    if value < 0 or (above and value == 0):
-        raise SettingsError(f"{name} must be {'above 0' if above else 'at least 0'}, not {value!r}")
-
-
-def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise SettingsError(f"{name} {value!r} is unknown; use one of {', '.join(choices)}")
