@@ -40,14 +40,14 @@ def format_interval(interval: Interval) -> str:
     """``0.912 (0.871–0.944)``; n/a where undefined."""
     if not isfinite(interval.value):
         return "n/a"
-    return f"{interval.value:.3f} ({format_range(interval)})"
+    return f"{interval.value:z.3f} ({format_range(interval)})"
 
 
 def format_range(interval: Interval) -> str:
     """``0.871–0.944``; ``to`` in place of the dash where an end is negative; n/a where undefined."""
     if not (isfinite(interval.low) and isfinite(interval.high)):
         return "n/a"
-    return f"{interval.low:.3f}{'–' if interval.low >= 0 else ' to '}{interval.high:.3f}"
+    return f"{interval.low:z.3f}{'–' if interval.low >= 0 else ' to '}{interval.high:z.3f}"
 
 
 def explain_decision(cases: Cases) -> str:
@@ -102,7 +102,7 @@ def _list_warnings(warnings: Sequence[str]) -> str:
 
 def _tabulate_figures(figures: dict[str, Interval]) -> str:
     rows = [
-        (TITLES[name], f"{one.value:.3f}" if isfinite(one.value) else "n/a", format_range(one), str(one.resamples),
+        (TITLES[name], f"{one.value:z.3f}" if isfinite(one.value) else "n/a", format_range(one), str(one.resamples),
          str(one.skipped))
         for name, one in figures.items()
     ]  # fmt: skip
