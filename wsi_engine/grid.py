@@ -7,7 +7,7 @@ import json
 import math
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,6 +57,25 @@ class GridSettings:
         """Short name of the grid, such as ``256px_0.5mpp`` or ``256px_0.5mpp_stride128``."""
         overlap = "" if self.step_px == self.tile_px else f"_stride{self.step_px}"
         return f"{self.tile_px}px_{self.mpp:g}mpp{overlap}"
+
+
+class TileScale(NamedTuple):
+    """How large tiles are and at what scale.
+
+    Attributes:
+        mpp: micrometres per tile pixel.
+        tile_px: side of a tile in its pixels.
+        stride_px: from tile to tile, in tile pixels.
+    """
+
+    mpp: float
+    tile_px: int
+    stride_px: int
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> TileScale:
+        """From what :meth:`TileGrid.to_json` wrote."""
+        return cls(float(value["mpp"]), int(value["tile_px"]), int(value["stride_px"]))
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -31,7 +32,7 @@ from numpy.typing import NDArray
 from zarr.codecs import Crc32cCodec
 
 from wsi_engine.errors import MismatchError, StoreError, WsiError
-from wsi_engine.grid import TileGrid
+from wsi_engine.grid import TileGrid, TileScale
 from wsi_engine.slide import Slide
 from wsi_engine.tissue import FilterCount, TissueMask
 from wsi_engine.version import __version__
@@ -82,9 +83,17 @@ class SlideRecord:
 class FeatureStore:
     """One slide's results on disk. Open with :meth:`open` to read; the engine writes with :meth:`create`."""
 
-    def __init__(self, path: str, group: zarr.Group) -> None:
+    def __init__(self, path: str, mode: Literal["r", "r+"] = "r") -> None:
+        """Take a store that is there; :meth:`open` says what may be wrong with it."""
+        _check_version(path)
         self.path = path
-        self._group = group
+        self._mode: Literal["r", "r+"] = mode
+
+    @cached_property
+    def _group(self) -> zarr.Group:
+        """The root group, opened when it is needed: attributes are read without it."""
+        with storing(self.path):
+            return zarr.open_group(self.path, mode=self._mode, zarr_format=3)
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Self:
@@ -93,7 +102,7 @@ class FeatureStore:
         Raises:
             StoreError: there is none at ``path``, it is damaged, or another version made it.
         """
-        return cls(os.fspath(path), _open_group(os.fspath(path), "r"))
+        return cls(os.fspath(path))
 
     @classmethod
     def create(cls, path: str | os.PathLike[str], slide: SlideRecord) -> Self:
@@ -107,9 +116,8 @@ class FeatureStore:
         if not (Path(name) / "zarr.json").exists():
             attributes = {"schema_version": SCHEMA_VERSION, "engine_version": __version__, "slide": asdict(slide)}
             with storing(name):
-                group = zarr.create_group(name, zarr_format=3, attributes=attributes)
-            return cls(name, group)
-        store = cls(name, _open_group(name, "r+"))
+                zarr.create_group(name, zarr_format=3, attributes=attributes)
+        store = cls(name, "r+")
         for what in ("fingerprint", "dimensions", "mpp"):
             had, has = getattr(store.slide, what), getattr(slide, what)
             if had != has:
@@ -151,6 +159,16 @@ class FeatureStore:
         if grid.digest != attrs["digest"]:
             raise StoreError(f"{self.path}/{path} is damaged (its digest differs): delete the store and extract again")
         return grid
+
+    def tile_scale(self, grid: str | None = None) -> TileScale:
+        """Size and scale of a grid's tiles, without reading their places; None for the only grid there is.
+
+        Raises:
+            StoreError: there is no such grid, or several and no name was given.
+        """
+        name = self._only("grid", self.grids(), grid)
+        with storing(self.path):
+            return TileScale.from_json(self._attrs(f"tiles/{name}/origins"))
 
     def grid_settings(self, name: str) -> dict[str, Any] | None:
         """The settings a grid was laid with, or None where it is not (completely) there."""
@@ -346,16 +364,19 @@ def create_rows(
     )
 
 
-def _open_group(path: str, mode: Literal["r", "r+"]) -> zarr.Group:
-    """The root group of a store that this version of the engine can use."""
+def _check_version(path: str) -> None:
+    """Refuse what is no store that this version of the engine can use."""
     if not Path(path).exists():
         raise StoreError(f"there is no store at {path}")
     with storing(path):
         try:
-            group = zarr.open_group(path, mode=mode, zarr_format=3)
-        except FileNotFoundError:
+            text = (Path(path) / "zarr.json").read_text(encoding="utf-8")
+        except (FileNotFoundError, NotADirectoryError):
             raise StoreError(f"{path} is not a store of this engine: it has no Zarr group") from None
-        version = group.attrs.get("schema_version")
+        group = json.loads(text)
+        if not isinstance(group, dict) or group.get("zarr_format") != 3:
+            raise ValueError("its zarr.json describes no group of Zarr 3")
+        version = dict(group.get("attributes") or {}).get("schema_version")
     if version is None:
         raise StoreError(f"{path} is not a store of this engine: its attributes name no schema version")
     if version != SCHEMA_VERSION:
@@ -363,7 +384,6 @@ def _open_group(path: str, mode: Literal["r", "r+"]) -> zarr.Group:
             f"{path} has schema version {version}; this version of the engine uses {SCHEMA_VERSION}: "
             "choose another output folder, or use the version that made it"
         )
-    return group
 
 
 def _checked(compressor: Literal["zstd"] | None) -> list[Any]:
