@@ -18,6 +18,7 @@ from wsi_engine.cli.import_ import import_
 from wsi_engine.cli.info import info
 from wsi_engine.cli.train import train_app
 from wsi_engine.cli.train_nuclei import train_nuclei
+from wsi_engine.cli.train_prompt import train_prompt
 from wsi_engine.version import __version__
 
 app = typer.Typer(
@@ -50,6 +51,7 @@ def root(
 app.command()(console.reporting(info))
 app.command()(console.reporting(encoders))
 app.command()(console.reporting(extract))
+train_app.command("prompt")(console.reporting(train_prompt))
 train_app.command("nuclei")(console.reporting(train_nuclei))
 app.add_typer(train_app)
 app.command()(console.reporting(classify))

@@ -44,6 +44,12 @@ def extract(
         str | None,
         typer.Option(help="File (.safetensors, .pt) or random:SEED; else the published ones.", show_default=False),
     ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            help="Prompts of a fold of wsi train prompt (.safetensors); they name their encoder.", show_default=False
+        ),
+    ] = None,
     mpp: Annotated[float, typer.Option(help="Micrometres per tile pixel.")] = 0.5,
     tile_px: Annotated[int, typer.Option(help="Side of a tile in pixels.")] = 256,
     stride_px: Annotated[
@@ -84,6 +90,7 @@ def extract(
             out,
             encoder,
             weights,
+            prompts=prompts,
             mpp=mpp,
             tile_px=tile_px,
             stride_px=stride_px,

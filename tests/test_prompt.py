@@ -582,7 +582,9 @@ def test_sources_of_tiles_all_give_the_same() -> None:
         assert_same_gradients(grads, results[0][1])
     assert asked == [5, 5, 3] * 3  # the generator once, the callable in each of two passes
     assert compressed.asked == 6
-    torch.testing.assert_close(encode_bag(encoder, stream(), prepare=prepare, chunk=4), results[0][0].features, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        encode_bag(encoder, stream(), prepare=prepare, chunk=4), results[0][0].features, atol=1e-5, rtol=1e-5
+    )
 
 
 def test_normalised_as_encoders_do_it() -> None:

@@ -32,7 +32,16 @@ if TYPE_CHECKING:
     from wsi_engine.store import FeatureStore
     from wsi_engine.stream import TileBatch, stream_tiles
     from wsi_engine.tissue import TissueMask, TissueSettings, detect_tissue
-    from wsi_engine.training import FittedFold, HeadPlan, TrainReport, TrainSettings, fit_fold, train_head
+    from wsi_engine.training import (
+        FittedFold,
+        HeadPlan,
+        PromptSettings,
+        TrainReport,
+        TrainSettings,
+        fit_fold,
+        train_head,
+        train_prompt,
+    )
     from wsi_engine.version import __version__
 
 _HOMES = {
@@ -54,6 +63,8 @@ _HOMES = {
     "prepare_training_set": "cohorts.audit",
     "split_patients": "cohorts.splits",
     "train_head": "training",
+    "train_prompt": "training",
+    "PromptSettings": "training",
     "fit_fold": "training",
     "HeadPlan": "training",
     "FittedFold": "training",
@@ -115,6 +126,8 @@ __all__ = [  # noqa: RUF022 - in the order of the flow
     "train_head",
     "TrainSettings",
     "TrainReport",
+    "train_prompt",
+    "PromptSettings",
     "fit_fold",
     "HeadPlan",
     "FittedFold",

@@ -24,7 +24,7 @@ from wsi_engine.bottleneck import find_bottleneck
 from wsi_engine.clock import STAGES
 from wsi_engine.encoders import create_encoder
 from wsi_engine.encoders.base import Encoder
-from wsi_engine.errors import InputError, WsiError
+from wsi_engine.errors import EncoderError, InputError, WsiError
 from wsi_engine.feed import BatchPart, MixedBatch, TileFeed
 from wsi_engine.grid import GridSettings, TissueChoice
 from wsi_engine.inputs import SlideSource, find_slides
@@ -37,6 +37,8 @@ log = logging.getLogger("wsi_engine")
 
 _WRITES_BEHIND = 8
 """Batches whose features may wait for the disk before the encoder waits for it too."""
+
+DEFAULT_ENCODER = "resnet50"
 
 _SAMPLED_SLIDES = 20
 """Slides that are looked at to guess how many tiles a run has."""
@@ -115,9 +117,10 @@ class SubmittingEncoder(Encoder, Protocol):
 def extract(
     slides: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
     out: str | os.PathLike[str],
-    encoder: str | Encoder = "resnet50",
+    encoder: str | Encoder = DEFAULT_ENCODER,
     weights: str | os.PathLike[str] | None = None,
     *,
+    prompts: str | os.PathLike[str] | None = None,
     mpp: float = 0.5,
     tile_px: int = 256,
     stride_px: int | None = None,
@@ -143,6 +146,8 @@ def extract(
         out: folder of the stores, made if it is not there.
         encoder: name of an encoder (``wsi encoders`` lists them) or one already loaded.
         weights: file of weights, ``random:SEED``, or None for the published ones.
+        prompts: ``prompts.safetensors`` (or ``encoder.safetensors``) of a fold of ``wsi train prompt``; the encoder is
+            the one that it was trained in, and its features are kept apart from the plain ones.
         mpp: micrometres per tile pixel.
         tile_px: side of a tile in pixels.
         stride_px: step from tile to tile in pixels; None for ``tile_px``.
@@ -161,7 +166,7 @@ def extract(
 
     Raises:
         InputError: the list of slides cannot be used, or ``out`` cannot be written.
-        EncoderError: the encoder or its weights cannot be loaded.
+        EncoderError: the encoder or its weights cannot be loaded, or the prompts are of another backbone.
         SettingsError: a number is out of range.
     """
     settings = ExtractSettings(
@@ -171,10 +176,22 @@ def extract(
     sources = find_slides(named, slide_mpp)
     folder = _make_folder(Path(out))
     origin = None if weights is None else os.fspath(weights)
+    tuned = None
+    if prompts is not None:
+        from wsi_engine.encoders.prompted import check_tuned, create_tuned_encoder  # noqa: PLC0415 - loads torch
+
+        asked = encoder if isinstance(encoder, str) else encoder.card.name
+        tuned = check_tuned(prompts, None if encoder == DEFAULT_ENCODER else asked, mpp, tile_px)
     if isinstance(encoder, str):
-        wanted = stored_precision(folder, encoder) if precision == "auto" else None
+        wanted = stored_precision(folder, tuned or encoder) if precision == "auto" else None
         tiles = guess_tiles(sources, settings) if wanted is None else None
-        encoder = create_encoder(encoder, origin, device, wanted or precision, tiles)
+        chosen = wanted or precision
+        if prompts is None:
+            encoder = create_encoder(encoder, origin, device, chosen, tiles)
+        else:
+            encoder = create_tuned_encoder(prompts, None, origin, device, chosen, tiles)
+    elif prompts is not None:
+        raise EncoderError(f"{prompts} goes into an encoder given by its name, not into one that is loaded; name it")
     return extract_sources(sources, folder, encoder, settings, progress)
 
 

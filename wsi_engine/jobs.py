@@ -107,7 +107,7 @@ class SlideJob:
             self.slide = stack.enter_context(open_slide(source.path, source.mpp, settings.reader))
             record = SlideRecord.of(self.slide, source.slide_id)
             stack.enter_context(hold_lease(out / f".{source.slide_id}.lease"))
-            self._store, self.grid = _open_store(self._path, record, self.slide, settings, pool)
+            self._store, self.grid = open_store(self._path, record, self.slide, settings, pool)
             identity = FeatureIdentity(
                 encoder.card, settings.grid.name, self.grid, encoder.precision, settings.dtype, settings.exact_resample
             )
@@ -177,12 +177,17 @@ class SlideJob:
         )
 
 
-def _open_store(
+def open_store(
     path: Path, record: SlideRecord, slide: Slide, settings: ExtractSettings, pool: Executor
 ) -> tuple[FeatureStore, TileGrid]:
     """The slide's store, and its grid under these settings: the stored one, else a new one, which is stored.
 
-    A new store is made only once its grid is known, so that a slide that cannot be read leaves nothing behind.
+    The caller holds the slide's lease. A new store is made only once its grid is known, so that a slide that cannot be
+    read leaves nothing behind.
+
+    Raises:
+        MismatchError: the store is of another slide, or its grid of this name was laid with other settings.
+        WsiError: the slide or the store cannot be used.
     """
     name = settings.grid.name
     wanted = settings.grid_json()

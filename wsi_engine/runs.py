@@ -10,6 +10,8 @@ Layout::
     ├── predictions.csv      predictions of each fold on its test slides
     └── fold-0/ …
         ├── head.safetensors     the head of the best epoch, its card inside
+        ├── prompts.safetensors  of a run of wsi train prompt: the prompts that the head's features are made with,
+        │                        or encoder.safetensors, the fine-tuned encoder
         └── state.pt             where training stands; gone once the fold is done
 """
 
@@ -26,6 +28,10 @@ from wsi_engine.errors import ModelError
 from wsi_engine.store import FeatureStore
 
 RUN_VERSION = 1
+
+HEAD_NAME = "head.safetensors"
+PROMPTS_NAME = "prompts.safetensors"
+ENCODER_NAME = "encoder.safetensors"
 
 
 @dataclass(frozen=True)
@@ -58,12 +64,9 @@ class FeatureOrigin:
             StoreError: they are not there, not complete, or several and none was named.
         """
         made = store.provenance(encoder)
-        grid = store.grid(made["grid"])
         card = made["encoder"]
-        return cls(
-            card["name"], int(card["dim"]), card["weights_digest"], made["precision"],
-            grid.mpp, grid.tile_px, grid.stride_px,
-        )  # fmt: skip
+        scale = store.tile_scale(made["grid"])
+        return cls(card["name"], int(card["dim"]), card["weights_digest"], made["precision"], *scale)
 
     def check(self, other: FeatureOrigin, where: str) -> None:
         """Refuse features that are not of this kind; ``where`` names the store.
@@ -156,7 +159,7 @@ class RunFolder:
 
     def head_file(self, number: int) -> Path:
         """The head of one fold."""
-        return self.fold(number) / "head.safetensors"
+        return self.fold(number) / HEAD_NAME
 
     def state_file(self, number: int) -> Path:
         """Where the training of one fold stands."""

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,13 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from wsi_engine.classification.prediction import Prediction, calibrate, measure_entropy
+from wsi_engine.classification.targets import FeatureSource
 from wsi_engine.encoders.precision import Precision, arithmetic, choose_precision, lower_network
 from wsi_engine.errors import ModelError, SettingsError
 from wsi_engine.memory import keep_freed_memory
 from wsi_engine.models import Head, HeadError, load_head, read_head_card
-from wsi_engine.runs import FeatureOrigin, RunFolder
+from wsi_engine.runs import FeatureOrigin, RunFolder, RunRecord
+from wsi_engine.tissue import TissueSettings
 from wsi_engine.workers import usable_cores
 
 LOWERED_HEADS = ("clam_sb", "clam_mb", "abmil")
@@ -45,10 +47,11 @@ _CONVERTED_ROWS = 1024
 
 @dataclass(frozen=True, eq=False)
 class FoldHead:
-    """The head of one fold and its temperature."""
+    """The head of one fold, its temperature, and which of the ensemble's kinds of features it takes."""
 
     head: Head
     temperature: float
+    source: int = 0
 
 
 class Ensemble:
@@ -63,6 +66,7 @@ class Ensemble:
         digest: str,
         device: str = "auto",
         precision: str = "auto",
+        sources: Sequence[FeatureSource] = (),
     ) -> None:
         """Move the heads to a device and into a precision; :func:`load_ensemble` explains the arguments."""
         self.name = name
@@ -70,7 +74,9 @@ class Ensemble:
         self.classes = classes
         """Classes in the order of probabilities."""
         self.features = features
-        """What it takes."""
+        """What it takes; of several kinds the first."""
+        self.sources = tuple(sources) or (FeatureSource(features),)
+        """Kinds of features: one for all folds, or one for each where each has prompts of its own."""
         self.digest = digest
         """SHA-256 over the bytes of the head files in the order of folds, calibration included."""
         self._device = _choose_device(device)
@@ -78,8 +84,9 @@ class Ensemble:
             keep_freed_memory()
             torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))
         self._precision = _choose_precision(precision, self._device, folds[0].head.name)
-        self._folds = tuple(FoldHead(_lower(fold.head, self._precision, self._device), fold.temperature)
-                            for fold in folds)  # fmt: skip
+        self._folds = tuple(
+            replace(fold, head=_lower(fold.head, self._precision, self._device)) for fold in folds
+        )  # fmt: skip
 
     @property
     def folds(self) -> int:
@@ -102,22 +109,29 @@ class Ensemble:
         return str(self._device)
 
     def predict(
-        self, features: NDArray[np.float16] | NDArray[np.float32], grid_digest: str = "", where: str = "the slide"
+        self, features: NDArray[Any] | Sequence[NDArray[Any]], grid_digest: str = "", where: str = "the slide"
     ) -> Prediction:
         """Classify one slide.
 
         Args:
-            features: float16 or float32 (N, D) of its tiles, by the encoder that :attr:`features` names; not changed.
+            features: float16 or float32 (N, D) of its tiles, by the encoder that :attr:`features` names; a sequence
+                of such, one for each of :attr:`sources`, where there are several. Not changed.
             grid_digest: of the tiles, kept in the prediction.
             where: names the slide in messages.
 
         Raises:
             ModelError: there is no tile, the features are of another width or kind, or one is not finite.
         """
-        bag = self._to_device(_check_features(features, self.features.dim, where), where)
+        given = [features] if isinstance(features, np.ndarray) else list(features)
+        if len(given) != len(self.sources) or len({len(one) for one in given}) > 1:
+            raise ModelError(
+                f"{where}: the model takes features of {len(self.sources)} encoders, all of the same tiles, and got "
+                f"{len(given)}; extract with the prompts of each fold"
+            )
+        bags = [self._to_device(_check_features(one, self.features.dim, where), where) for one in given]
         probabilities, weights = [], None
         for fold in self._folds:
-            found, attention = self._run_fold(fold, bag, where)
+            found, attention = self._run_fold(fold, bags[fold.source], where)
             probabilities.append(found)
             weights = attention if weights is None else weights + attention
         assert weights is not None
@@ -193,21 +207,41 @@ def load_ensemble(run: str | os.PathLike[str], device: str = "auto", precision: 
     if not files:
         raise ModelError(f"the training run {path} has no fold: train again")
     loaded = [_load_fold(file) for file in files]
-    classes, features = loaded[0][1], loaded[0][2]
-    if expected is not None:
-        classes, features = expected.classes, expected.features
-    for file, (_, its_classes, its_features) in zip(files, loaded, strict=True):
-        if its_classes != classes:
+    classes = expected.classes if expected is not None else loaded[0].classes
+    for file, fold in zip(files, loaded, strict=True):
+        if fold.classes != classes:
             raise ModelError(
-                f"{file} was trained for the classes {', '.join(its_classes)} and the run is for {', '.join(classes)}: "
-                "keep the heads of one run together"
+                f"{file} was trained for the classes {', '.join(fold.classes)} and the run is for "
+                f"{', '.join(classes)}: keep the heads of one run together"
             )
-        features.check(its_features, f"the training set of {file}")
-    names = {fold.head.name for fold, _, _ in loaded}
+    names = {one.fold.head.name for one in loaded}
     if len(names) > 1:
         raise ModelError(f"{path} mixes the heads {' and '.join(sorted(names))}: keep the heads of one run together")
-    folds = tuple(fold for fold, _, _ in loaded)
-    return Ensemble(name, folds, classes, features, _digest_files(files), device, precision)
+    sources = _find_sources(files, loaded, expected)
+    folds = tuple(
+        replace(one.fold, source=number if len(sources) > 1 else 0) for number, one in enumerate(loaded)
+    )  # fmt: skip
+    return Ensemble(name, folds, classes, sources[0].origin, _digest_files(files), device, precision, sources)
+
+
+def _find_sources(
+    files: list[Path], loaded: list[_Loaded], expected: RunRecord | None
+) -> tuple[FeatureSource, ...]:  # fmt: skip
+    """What the folds take: one kind of features for all, or one for each where each has its own tuned encoder."""
+    if any(one.source.tuned for one in loaded):
+        first = loaded[0].source.origin
+        shape = (first.dim, first.mpp, first.tile_px, first.stride_px)
+        for file, one in zip(files, loaded, strict=True):
+            origin = one.source.origin
+            if not one.source.tuned or (origin.dim, origin.mpp, origin.tile_px, origin.stride_px) != shape:
+                raise ModelError(
+                    f"{file} takes features of another kind than {files[0]}: keep the heads of one run together"
+                )
+        return tuple(one.source for one in loaded)
+    features = expected.features if expected is not None else loaded[0].source.origin
+    for file, one in zip(files, loaded, strict=True):
+        features.check(one.source.origin, f"the training set of {file}")
+    return (replace(loaded[0].source, origin=features),)
 
 
 class _NarrowLinear(nn.Module):
@@ -239,7 +273,16 @@ def _lower(head: Head, precision: Precision, device: torch.device) -> Head:
     return lowered
 
 
-def _load_fold(file: Path) -> tuple[FoldHead, tuple[str, ...], FeatureOrigin]:
+@dataclass(frozen=True, eq=False)
+class _Loaded:
+    """A head, the classes that it tells apart, and what it takes."""
+
+    fold: FoldHead
+    classes: tuple[str, ...]
+    source: FeatureSource
+
+
+def _load_fold(file: Path) -> _Loaded:
     """A head with its temperature, classes and features; ModelError where the file does not tell or they disagree."""
     try:
         card = read_head_card(file)
@@ -250,6 +293,7 @@ def _load_fold(file: Path) -> tuple[FoldHead, tuple[str, ...], FeatureOrigin]:
         classes = tuple(str(name) for name in card["classes"])
         features = FeatureOrigin(**card["features"])
         temperature = _read_temperature(card)
+        source = _read_source(card, features, file.parent)
     except (KeyError, TypeError, ValueError) as error:
         raise ModelError(
             f"{file} does not tell which features and classes it was trained on ({type(error).__name__}: {error}): "
@@ -260,7 +304,19 @@ def _load_fold(file: Path) -> tuple[FoldHead, tuple[str, ...], FeatureOrigin]:
             f"{file} holds a head of {head.in_dim} numbers per tile and {head.n_classes} classes, and its card says "
             f"{features.dim} and {len(classes)}: train again"
         )
-    return FoldHead(head, temperature), classes, features
+    return _Loaded(FoldHead(head, temperature), classes, source)
+
+
+def _read_source(card: Mapping[str, Any], origin: FeatureOrigin, folder: Path) -> FeatureSource:
+    """What a head takes; how tissue is found where its training says so, which one on stored features does not."""
+    source = FeatureSource(origin, folder / str(card["tuned"]) if card.get("tuned") else None)
+    said = card.get("training", {}).get("settings", {})
+    if "tissue" not in said:
+        return source
+    tissue = said["tissue"]
+    if tissue is not None:
+        tissue = TissueSettings(**{**tissue, "otsu_range": tuple(tissue["otsu_range"])})
+    return replace(source, tissue=tissue, min_tissue=float(said["min_tissue"]))
 
 
 def _read_temperature(card: Mapping[str, Any]) -> float:

@@ -23,10 +23,16 @@ from wsi_engine.classification.ensemble import Ensemble, load_ensemble
 from wsi_engine.classification.explanation import Explained, ExplainSettings, explain_prediction, make_folders
 from wsi_engine.classification.outcomes import ClassifyReport, PredictionsFile, SlideClass
 from wsi_engine.classification.prediction import Prediction
-from wsi_engine.classification.targets import CaseSource, ExtractOptions, Target, extract_missing, find_targets
-from wsi_engine.errors import WsiError
+from wsi_engine.classification.targets import (
+    CaseSource,
+    ExtractOptions,
+    FeatureSource,
+    Target,
+    extract_missing,
+    find_targets,
+)
+from wsi_engine.errors import MismatchError, WsiError
 from wsi_engine.extraction import Progress
-from wsi_engine.runs import FeatureOrigin
 from wsi_engine.store import FeatureStore
 from wsi_engine.workers import usable_cores
 
@@ -104,7 +110,7 @@ def classify(
     make_folders(folder, settings)
     table = PredictionsFile(folder / "predictions.csv", ensemble.classes, ensemble.digest)
     options = ExtractOptions(None if weights is None else os.fspath(weights), device, batch_size, workers, reader)
-    failures = extract_missing(targets, stores, ensemble.features, options, extract_progress)
+    failures = extract_missing(targets, stores, ensemble.sources, options, extract_progress)
     if progress:
         progress.run_started(len(targets))
     start = time.perf_counter()
@@ -125,9 +131,9 @@ def classify(
 
 @dataclass(frozen=True, eq=False)
 class _Loaded:
-    """Features (N, D) of a slide that a model may take, and the digest of its tiles."""
+    """Features (N, D) of a slide that a model may take, of each kind, and the digest of its tiles."""
 
-    features: NDArray[Any]
+    features: tuple[NDArray[Any], ...]
     grid_digest: str
 
 
@@ -144,7 +150,7 @@ def _classify_all(
         def load(target: Target) -> _Loaded | str:
             if target.slide_id in failures:
                 return failures[target.slide_id]
-            return _or_message(lambda: _load_features(target, model.features))
+            return _or_message(lambda: _load_features(target, model.sources))
 
         waiting: deque[Future[SlideClass]] = deque()
         for target, loaded in _run_ahead(readers, load, targets, _LOADED_AHEAD):
@@ -176,15 +182,23 @@ def _finish(
     )  # fmt: skip
 
 
-def _load_features(target: Target, model: FeatureOrigin) -> _Loaded:
-    """Features of a slide's store, refused where the model does not take them."""
+def _load_features(target: Target, sources: Sequence[FeatureSource]) -> _Loaded:
+    """Features of a slide's store, of each kind; refused where the model does not take them."""
     store = FeatureStore.open(target.store)
     encoders = store.encoders()
-    # of another encoder alone: say which, rather than that the model's own is not there
-    encoder = encoders[0] if len(encoders) == 1 else model.encoder
-    bags = StoredBags([target.store], encoder)
-    model.check(bags.origin, str(target.store))
-    return _Loaded(bags.load(0), store.provenance(encoder)["grid_digest"])
+    found, digests = [], []
+    for source in sources:
+        # of another encoder alone: say which, rather than that the model's own is not there
+        encoder = encoders[0] if len(encoders) == 1 else source.origin.encoder
+        bags = StoredBags([target.store], encoder)
+        source.origin.check(bags.origin, str(target.store))
+        found.append(bags.load(0))
+        digests.append(store.provenance(encoder)["grid_digest"])
+    if len(set(digests)) > 1:
+        raise MismatchError(
+            f"the features in {target.store} that the model's folds take are of different tiles: delete that store"
+        )
+    return _Loaded(tuple(found), digests[0])
 
 
 def _or_message(work: Callable[[], R]) -> R | str:

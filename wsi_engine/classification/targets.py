@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 from wsi_engine.cohorts.roster import Roster
 from wsi_engine.encoders import create_encoder
@@ -18,6 +18,7 @@ from wsi_engine.inputs import SlideSource, check_slide_id, find_slides
 from wsi_engine.jobs import ExtractSettings
 from wsi_engine.runs import FeatureOrigin
 from wsi_engine.store import FeatureStore, features_key
+from wsi_engine.tissue import TissueSettings
 
 CaseSource: TypeAlias = str | os.PathLike[str] | FeatureStore
 """A slide, a store, a folder of either, a CSV, or an open store."""
@@ -30,6 +31,23 @@ class Target:
     slide_id: str
     store: Path
     slide: SlideSource | None = None
+
+
+@dataclass(frozen=True)
+class FeatureSource:
+    """One kind of features that a model takes.
+
+    Attributes:
+        origin: where they come from.
+        tuned: file of the prompts, or of the tuned weights; None where the encoder is used as it was published.
+        tissue: how tissue is found where features are missing; None takes all tiles.
+        min_tissue: least part of a tile that must be tissue then, 0 to 1.
+    """
+
+    origin: FeatureOrigin
+    tuned: Path | None = None
+    tissue: Literal["otsu"] | TissueSettings | None = "otsu"
+    min_tissue: float = GridSettings.min_tissue
 
 
 @dataclass(frozen=True)
@@ -83,33 +101,68 @@ def find_targets(
 def extract_missing(
     targets: Sequence[Target],
     features: Path,
-    model: FeatureOrigin,
+    sources: Sequence[FeatureSource],
     options: ExtractOptions,
     progress: Progress | None = None,
 ) -> dict[str, str]:
-    """Extract what a model takes for the slides that have none yet, all in one stream.
+    """Extract what a model takes for the slides that have none yet: all slides in one stream for each source.
 
     Returns:
         By slide id, why a slide has none even now.
 
     Raises:
-        ModelError: the encoder's weights are not those that the model was trained on; nothing was encoded.
+        ModelError: the encoder's weights are not those that the model was trained on; nothing was encoded with them.
         EncoderError: the encoder cannot be made.
         InputError: ``features`` cannot be written.
     """
-    missing = [target for target in targets if target.slide and _lacks(target.store, model.encoder)]
-    if not missing:
-        return {}
-    encoder = _load_encoder(model, options)
+    missing = {
+        source: [target for target in targets if target.slide and _lacks(target.store, source.origin.encoder)]
+        for source in sources
+    }
+    rounds = _Rounds(progress, sum(map(len, missing.values()))) if progress else None
+    failures: dict[str, str] = {}
+    for source, lacking in missing.items():
+        slides = [target.slide for target in lacking if target.slide and target.slide_id not in failures]
+        if slides:
+            failures |= _extract(slides, features, source, options, rounds)
+    return failures
+
+
+class _Rounds:
+    """A progress that is told of several extractions as of one."""
+
+    def __init__(self, progress: Progress, slides: int) -> None:
+        self._slides, self._begun = slides, False
+        self._told = progress
+        self.slide_started = progress.slide_started
+        self.tiles_done = progress.tiles_done
+        self.slide_finished = progress.slide_finished
+
+    def run_started(self, slides: int) -> None:
+        """The first extraction begins, or a further one."""
+        if not self._begun:
+            self._told.run_started(self._slides)
+        self._begun = True
+
+
+def _extract(
+    slides: Sequence[SlideSource],
+    features: Path,
+    source: FeatureSource,
+    options: ExtractOptions,
+    progress: Progress | None,
+) -> dict[str, str]:
+    """Extract features of one kind; by slide id, why a slide has none even now."""
+    encoder, model = _load_encoder(source, options), source.origin
     try:
         features.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"cannot write to the folder of features {features}: {error.strerror or error}") from error
-    grid = GridSettings(model.mpp, model.tile_px, None if model.stride_px == model.tile_px else model.stride_px)
+    stride = None if model.stride_px == model.tile_px else model.stride_px
     settings = ExtractSettings(
-        grid, batch_size=options.batch_size, workers=options.workers, reader=options.reader
+        GridSettings(model.mpp, model.tile_px, stride, source.min_tissue), source.tissue,
+        batch_size=options.batch_size, workers=options.workers, reader=options.reader,
     )  # fmt: skip
-    slides = [target.slide for target in missing if target.slide]
     report = extract_sources(slides, features, encoder, settings, progress)
     return {
         result.slide_id: result.message or f"its features could not be extracted ({result.status})"
@@ -118,19 +171,20 @@ def extract_missing(
     }
 
 
-def _load_encoder(model: FeatureOrigin, options: ExtractOptions) -> Encoder:
+def _load_encoder(source: FeatureSource, options: ExtractOptions) -> Encoder:
     """The model's encoder in the precision of its training set where the device has it; its weights are checked."""
+    model = source.origin
     precision = model.precision.partition("+")[0]
     if precision not in ("fp32", "bf16", "fp16"):
         precision = "auto"
     try:
-        encoder = create_encoder(model.encoder, options.weights, options.device, precision)
+        encoder = _make_encoder(source, options, precision)
     except WeightsError:
         raise
     except EncoderError:
         if precision == "auto":
             raise
-        encoder = create_encoder(model.encoder, options.weights, options.device)
+        encoder = _make_encoder(source, options, "auto")
     found = encoder.card.weights_digest
     if found != model.weights_digest:
         raise ModelError(
@@ -138,6 +192,14 @@ def _load_encoder(model: FeatureOrigin, options: ExtractOptions) -> Encoder:
             f"that the model was trained on ({model.weights_digest[:12]}…): pass those with --weights"
         )
     return encoder
+
+
+def _make_encoder(source: FeatureSource, options: ExtractOptions, precision: str) -> Encoder:
+    if source.tuned is None:
+        return create_encoder(source.origin.encoder, options.weights, options.device, precision)
+    from wsi_engine.encoders.prompted import create_tuned_encoder  # noqa: PLC0415 - loads torch
+
+    return create_tuned_encoder(source.tuned, None, options.weights, options.device, precision)
 
 
 def _lacks(store: Path, encoder: str) -> bool:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +23,9 @@ from wsi_engine.runs import FeatureOrigin
 
 MOST_IMBALANCE = 10
 """How many times more slides the largest class may have than the smallest before a warning is due."""
+
+Survey: TypeAlias = tuple[Sequence[StoreFacts], Sequence[StoredFeatures | None]]
+"""Of each slide: what its store holds, and the features to train on, None where they are not there."""
 
 _PARTS = (("test", "test on"), ("validation", "validate on"))
 
@@ -86,13 +90,38 @@ def prepare_training_set(
         InputError: the cohort cannot be read, or cannot be trained on. Then the message is a report: a sentence, and
             every problem on a line of its own with at most 20 examples below.
     """
-    roster = Roster.read(cohort)
     folder = Path(features)
+
+    def survey(labelled: Roster, problems: list[Problem]) -> Survey:
+        facts = survey_stores([folder / f"{row.slide_id}.zarr" for row in labelled])
+        return facts, choose_features(labelled, facts, folder, encoder, problems)
+
+    return audit_cohort(cohort, label, survey, splits)
+
+
+def audit_cohort(
+    cohort: RosterSource,
+    label: str,
+    survey: Callable[[Roster, list[Problem]], Survey],
+    splits: SplitSettings | None = None,
+) -> TrainingSet:
+    """:func:`prepare_training_set` with one's own look at what the slides hold.
+
+    Args:
+        cohort: a CSV, rows, a data frame or a roster.
+        label: the column to learn.
+        survey: given the rows with a label, the facts of each one's store, and its features or None; what is wrong with
+            them it adds to the problems.
+        splits: how the cohort will be split; None to leave that unchecked.
+
+    Raises:
+        InputError: as for :func:`prepare_training_set`.
+    """
+    roster = Roster.read(cohort)
     findings = _Findings()
     labelled = _keep_labelled(roster, label, findings)
     _check_rows(labelled, findings)
-    facts = survey_stores([folder / f"{row.slide_id}.zarr" for row in labelled])
-    stored = choose_features(labelled, facts, folder, encoder, findings.problems)
+    facts, stored = survey(labelled, findings.problems)
     _check_copies(labelled, facts, findings)
     kept = _drop_empty(labelled, stored, findings)
     # slides whose features are still to be made count as well, so that all is found at once

@@ -8,7 +8,16 @@ from wsi_engine.encoders.base import IMAGENET_MEAN, IMAGENET_STD, Encoder, Encod
 from wsi_engine.encoders.cards import DEEP_ENCODERS, TEXTURE, find_card, list_encoders
 from wsi_engine.errors import EncoderError
 
-__all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "Encoder", "EncoderCard", "Pooling", "create_encoder", "list_encoders"]
+__all__ = [
+    "IMAGENET_MEAN",
+    "IMAGENET_STD",
+    "Encoder",
+    "EncoderCard",
+    "Pooling",
+    "create_encoder",
+    "describe_encoder",
+    "list_encoders",
+]
 
 
 def create_encoder(
@@ -44,13 +53,28 @@ def create_encoder(
         from wsi_engine.encoders.texture import TextureEncoder  # noqa: PLC0415  # loads Numba
 
         return TextureEncoder()
-    card = find_card(name)
-    if card is None and not name.startswith("timm:"):
-        raise _unknown(name)
+    card = describe_encoder(name)
     from wsi_engine.encoders.deep import DeepEncoder  # noqa: PLC0415  # loads torch and timm
-    from wsi_engine.encoders.timm_names import describe_timm  # noqa: PLC0415
 
-    return DeepEncoder(card or describe_timm(name), weights=weights, device=device, precision=precision, tiles=tiles)
+    return DeepEncoder(card, weights=weights, device=device, precision=precision, tiles=tiles)
+
+
+def describe_encoder(name: str) -> EncoderCard:
+    """The card of an encoder with a network, by the name that :func:`create_encoder` takes; no weights are loaded.
+
+    Raises:
+        EncoderError: the name is unknown, or its encoder has no network.
+    """
+    if name == TEXTURE:
+        raise EncoderError(f"encoder {name!r} computes its features and has no network; choose one that has")
+    card = find_card(name)
+    if card is not None:
+        return card
+    if not name.startswith("timm:"):
+        raise _unknown(name)
+    from wsi_engine.encoders.timm_names import describe_timm  # noqa: PLC0415  # loads torch and timm
+
+    return describe_timm(name)
 
 
 def _unknown(name: str) -> EncoderError:

@@ -65,9 +65,7 @@ class DeepEncoder:
         if self.device.type == "cpu":
             keep_freed_memory()
             torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))
-        backbone, origin = load_backbone(card, weights)
-        digest = digest_state(backbone.network.state_dict())
-        self._card = dataclasses.replace(card, weights=origin, weights_digest=digest)
+        backbone, self._card = self._load(card, weights)
         with self._explain_memory(f"the network {card.name} does not fit in the memory of {self.device}"):
             backbone.requires_grad_(False).to(self.device)
             backbone.to(memory_format=torch.channels_last)
@@ -75,10 +73,21 @@ class DeepEncoder:
         self._gain = 1 / (255 * torch.tensor(card.std, device=self.device).view(1, 3, 1, 1))
         self._most = sys.maxsize
         """Tiles that have been seen to fit in the device's memory at once, at most."""
-        self._backbone: nn.Module = backbone
+        self._backbone = backbone
         self._precision = Precision()
         if wanted != self._precision:
             self._lower(wanted, fall_back=precision == "auto")
+
+    def _load(self, card: EncoderCard, weights: str | None) -> tuple[nn.Module, EncoderCard]:
+        """The network on the CPU in float32, and what it is with the digest of its weights."""
+        backbone, origin = load_backbone(card, weights)
+        digest = digest_state(backbone.network.state_dict())
+        return backbone, dataclasses.replace(card, weights=origin, weights_digest=digest)
+
+    @property
+    def backbone(self) -> nn.Module:
+        """Normalised tiles (B, 3, H, W) to features (B, dim), on the device and in the precision; not a copy."""
+        return self._backbone
 
     @property
     def precision(self) -> str:
@@ -166,13 +175,24 @@ class DeepEncoder:
     def _run(self, pixels: NDArray[np.uint8]) -> Tensor:
         """(B, H, W, 3) uint8 to (B, dim) float32 on the device."""
         tiles = torch.from_numpy(np.require(pixels, requirements=["C", "W"]))
-        tiles = tiles.to(self.device, non_blocking=True)
-        tiles = tiles.permute(0, 3, 1, 2).float()  # (B, 3, H, W), channels last in memory
+        tiles = self.prepare(tiles.to(self.device, non_blocking=True))
+        with arithmetic(self._precision, self.device):
+            features: Tensor = self._backbone(tiles)
+        return features.float()
+
+    def prepare(self, pixels: Tensor) -> Tensor:
+        """What the network takes, resized and normalised as its card says.
+
+        Args:
+            pixels: uint8 (B, H, W, 3), on the encoder's device; square where the card fixes the size.
+
+        Returns:
+            float32 (B, 3, h, w), channels last in memory.
+        """
+        tiles = pixels.permute(0, 3, 1, 2).float()  # (B, 3, H, W), channels last in memory
         tiles = self._fit_size(tiles)
         tiles = tiles.sub_(self._mean).mul_(self._gain)
-        with arithmetic(self._precision, self.device):
-            features: Tensor = self._backbone(tiles.contiguous(memory_format=torch.channels_last))
-        return features.float()
+        return tiles.contiguous(memory_format=torch.channels_last)
 
     def _fit_size(self, tiles: Tensor) -> Tensor:
         """Resize and centre-crop to the size the network sees; tiles of that size stay untouched."""

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from wsi_engine.training.fold import FittedFold, fit_fold
     from wsi_engine.training.plan import EpochRecord, HeadPlan
+    from wsi_engine.training.prompt_run import train_prompt
+    from wsi_engine.training.prompt_settings import PromptSettings
     from wsi_engine.training.report import FoldSummary, TrainProgress, TrainReport
     from wsi_engine.training.run import train_head
     from wsi_engine.training.settings import TrainSettings
@@ -17,11 +19,13 @@ _HOMES = {
     "FittedFold": "fold",
     "FoldSummary": "report",
     "HeadPlan": "plan",
+    "PromptSettings": "prompt_settings",
     "TrainProgress": "report",
     "TrainReport": "report",
     "TrainSettings": "settings",
     "fit_fold": "fold",
     "train_head": "run",
+    "train_prompt": "prompt_run",
 }
 
 __all__ = [
@@ -29,11 +33,13 @@ __all__ = [
     "FittedFold",
     "FoldSummary",
     "HeadPlan",
+    "PromptSettings",
     "TrainProgress",
     "TrainReport",
     "TrainSettings",
     "fit_fold",
     "train_head",
+    "train_prompt",
 ]
 
 

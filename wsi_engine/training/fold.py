@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import math
-import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,15 +20,16 @@ from wsi_engine.training.dropout import DropoutSource, cheap_dropout
 from wsi_engine.training.hardware import Hardware, choose_hardware
 from wsi_engine.training.inference import LoweredBags, fit_standard, mean_bag_loss, predict_bags, to_tensor
 from wsi_engine.training.keeping import KeptBags
-from wsi_engine.training.optimisation import Standing, build_optimiser, learning_rate
+from wsi_engine.training.loop import FoldLoop
+from wsi_engine.training.optimisation import Standing
 from wsi_engine.training.plan import EpochRecord, HeadPlan
 from wsi_engine.training.sampling import Stream, draw_slides, draw_tiles, open_stream, torch_seed
 from wsi_engine.training.settings import TrainSettings
-from wsi_engine.training.state import FoldState, read_state, write_state
 
 if TYPE_CHECKING:
     from wsi_engine.bags import BagSource
     from wsi_engine.cohorts.splits import Fold
+    from wsi_engine.training.prompt_memory import MemoryWatch
 
 SAVE_SECONDS = 10.0
 """After this time the next end of an epoch is written to the state file."""
@@ -70,6 +68,8 @@ def fit_fold(
     hardware: Hardware | None = None,
     state_file: Path | None = None,
     told: Callable[[EpochRecord], None] | None = None,
+    least_rate: float = 0.0,
+    watch: MemoryWatch | None = None,
 ) -> FittedFold:
     """Train a head on the bags of a fold.
 
@@ -87,6 +87,8 @@ def fit_fold(
         hardware: device and precision; None chooses by ``settings``.
         state_file: where to go on from, and to keep what is needed to go on; removing it when done is up to the caller.
         told: called after every epoch.
+        least_rate: where a cosine schedule ends.
+        watch: measures the memory of every epoch; None: nobody does.
 
     Raises:
         ModelError: the head cannot be built, a bag does not fit it, a loss is not finite, or the state file is damaged
@@ -102,8 +104,15 @@ def fit_fold(
     titles = names or [f"bag {place}" for place in range(len(bags))]
     hardware = hardware or choose_hardware(settings, plan.name, typical_numbers(bags, fold.train))
     with hardware.repeatable():
-        training = FoldTraining(bags, known, fold, plan, settings, number, titles, hardware)
-        return training.run(state_file, told)
+        training = FoldTraining(
+            bags, known, fold, plan, settings, number, titles, hardware, least_rate=least_rate, watch=watch
+        )
+        training.run(state_file, told, SAVE_SECONDS)
+        validation, test = (training.predict(places) for places in (fold.validation, fold.test))
+        return FittedFold(
+            training.head.cpu().eval(), training.standing, training.history, validation, test,
+            fold_warnings(fold, number),
+        )  # fmt: skip
 
 
 def typical_numbers(bags: BagSource, places: Sequence[int]) -> float:
@@ -118,8 +127,8 @@ def fold_warnings(fold: Fold, number: int) -> tuple[str, ...]:
     return (f"fold {number} has no validation slides: the head of the last epoch is kept, and nothing is calibrated",)
 
 
-class FoldTraining:
-    """The head, its optimiser and how far they have come.
+class FoldTraining(FoldLoop):
+    """A head on stored features.
 
     Arguments are those of :func:`fit_fold`; ``memory`` limits the bytes of features that are kept, None as
     :class:`~wsi_engine.training.keeping.KeptBags` has it.
@@ -136,60 +145,35 @@ class FoldTraining:
         names: Sequence[str],
         hardware: Hardware,
         memory: int | None = None,
+        least_rate: float = 0.0,
+        watch: MemoryWatch | None = None,
     ) -> None:
-        self.bags, self.labels, self.fold, self.plan = bags, labels, fold, plan
-        self.settings, self.number, self.names, self.hardware = settings, number, names, hardware
+        self.bags, self.labels, self.fold, self.plan, self.names = bags, labels, fold, plan, names
         self.head = plan.build(torch_seed(settings.seed, number, 0, Stream.WEIGHTS)).to(hardware.device)
+        super().__init__(self.head, settings, number, hardware, least_rate, watch)
         lowered = hardware.precision.type == "bf16" and self.head.standard is None
         self.fast = KeptBags(LoweredBags(bags) if lowered else bags, memory)
-        self.optimiser = build_optimiser(self.head, settings)
-        self.standing = Standing()
-        self.history: tuple[EpochRecord, ...] = ()
-        self.best: dict[str, Tensor] = {}
 
-    def run(self, state_file: Path | None, told: Callable[[EpochRecord], None] | None) -> FittedFold:
-        """All epochs that are still to do, then the predictions of the best head."""
-        if not (state_file and self._restore(state_file)):
-            fit_standard(self.head, self.bags, self.fold.train, self.settings.workers)
-        saved = time.monotonic()
-        while not self.standing.stopped:
-            record = self.epoch()
-            if told:
-                told(record)
-            if state_file and (self.standing.stopped or time.monotonic() - saved >= SAVE_SECONDS):
-                write_state(state_file, self._state(), self._identity)
-                saved = time.monotonic()
-        self.head.load_state_dict(self.best)
-        validation, test = (
-            predict_bags(self.head, self.bags, places, self.hardware, self.names, self.settings.workers)
-            for places in (self.fold.validation, self.fold.test)
+    def prepare(self) -> None:
+        """Fit what standardises features."""
+        fit_standard(self.head, self.bags, self.fold.train, self.settings.workers)
+
+    def predict(self, places: Sequence[int]) -> NDArray[np.float64]:
+        """Probabilities float64 (n, C) of some slides."""
+        return predict_bags(self.head, self.bags, places, self.hardware, self.names, self.settings.workers)
+
+    def validate(self) -> float | None:
+        """Mean bag loss of the validation slides."""
+        if not self.fold.validation:
+            return None
+        return mean_bag_loss(
+            self.head, self.fast, self.fold.validation, self.labels, self.hardware, self.names, self.settings.workers
         )
-        warnings = fold_warnings(self.fold, self.number)
-        return FittedFold(self.head.cpu().eval(), self.standing, self.history, validation, test, warnings)
 
-    def epoch(self) -> EpochRecord:
-        """One pass, the bag loss afterwards, and what follows from it."""
-        start = time.perf_counter()
-        epoch = self.standing.epochs
-        rate = learning_rate(self.settings, epoch)
-        for group in self.optimiser.param_groups:
-            group["lr"] = rate
+    def train_epoch(self, epoch: int) -> float:
+        """One step after the other over the slides of an epoch; the mean of their losses."""
         with cheap_dropout(self.head) as source:
-            train_loss = self._train(epoch, source)
-        self._check_weights(epoch)
-        loss = None
-        if self.fold.validation:
-            loss = mean_bag_loss(
-                self.head, self.fast, self.fold.validation, self.labels, self.hardware, self.names,
-                self.settings.workers,
-            )  # fmt: skip
-            self._check_loss(loss, epoch, "the validation slides")
-        self.standing = self.standing.after(loss, self.settings)
-        if self.standing.best_epoch == epoch:
-            self.best = _copy(self.head.state_dict())
-        record = EpochRecord(epoch, rate, train_loss, loss, time.perf_counter() - start)
-        self.history = (*self.history, record)
-        return record
+            return self._train(epoch, source)
 
     def _train(self, epoch: int, source: DropoutSource) -> float:
         """One step after the other over the slides of an epoch; the mean of their losses."""
@@ -229,30 +213,12 @@ class FoldTraining:
             raise ModelError(f"{', '.join(self.names[place] for place, _ in bags)}: {error}") from error
         values = [float(loss.detach()) for loss in losses]
         for (place, _), value in zip(bags, values, strict=True):
-            self._check_loss(value, epoch, self.names[place])
+            self.check_loss(value, epoch, self.names[place])
         torch.stack(losses).mean().backward()  # type: ignore[no-untyped-call]
         self.optimiser.step()
         return values
 
-    def _check_loss(self, loss: float, epoch: int, where: str) -> None:
-        if not math.isfinite(loss):
-            raise ModelError(
-                f"the loss became {loss} in epoch {epoch} of fold {self.number} at {where}: look at those features, or "
-                "train with a lower learning rate"
-            )
-
-    def _check_weights(self, epoch: int) -> None:
-        if not all(bool(weight.isfinite().all()) for weight in self.head.parameters()):
-            raise ModelError(
-                f"the weights are no longer finite after epoch {epoch} of fold {self.number}: train with a lower "
-                "learning rate"
-            )
-
-    def _state(self) -> FoldState:
-        return FoldState(self.standing, self.history, self.head.state_dict(), self.optimiser.state_dict(), self.best)
-
-    @cached_property
-    def _identity(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, Any]:
         """What decides the result: plain values."""
         settings = {**asdict(self.settings), "workers": None, "device": str(self.hardware.device)}
         plan = {**asdict(self.plan), "options": self.plan.all_options()}
@@ -266,18 +232,3 @@ class FoldTraining:
         }
         identity: dict[str, Any] = json.loads(json.dumps(values))
         return identity
-
-    def _restore(self, state_file: Path) -> bool:
-        """Go on from a state file; False where there is none."""
-        state = read_state(state_file, self._identity)
-        if state is None:
-            return False
-        self.head.load_state_dict(state.head)
-        self.optimiser.load_state_dict(state.optimiser)
-        self.standing, self.history = state.standing, state.history
-        self.best = {name: tensor.to(self.hardware.device) for name, tensor in state.best.items()}
-        return True
-
-
-def _copy(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in tensors.items()}

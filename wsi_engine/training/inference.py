@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
@@ -69,18 +69,25 @@ def to_tensor(features: NDArray[Any], device: torch.device) -> Tensor:
     return (tensor.view(torch.bfloat16) if tensor.dtype == torch.int16 else tensor).to(device)
 
 
+def _load_bags(bags: BagSource, places: Sequence[int], workers: int) -> Generator[tuple[int, NDArray[Any]]]:
+    """Places and bags in their order, loaded ahead by threads; by none, where loading is the caller's own work."""
+    from wsi_engine.bags import prefetch  # noqa: PLC0415
+
+    if workers == 0:
+        return ((place, bags.load(place)) for place in places)
+    return prefetch(bags, places, workers)
+
+
 def run_head(
     head: Head, bags: BagSource, places: Sequence[int], hardware: Hardware, names: Sequence[str], workers: int
 ) -> Iterator[tuple[int, HeadOutput]]:
-    """What a head in eval mode says of each bag, one after the other.
+    """What a head in eval mode says of each bag, one after the other; ``workers`` threads load ahead (0: none).
 
     Raises:
         ModelError: a bag does not fit the head; the message names its slide.
     """
-    from wsi_engine.bags import prefetch  # noqa: PLC0415
-
     head.eval()
-    with closing(prefetch(bags, places, workers)) as ahead:
+    with closing(_load_bags(bags, places, workers)) as ahead:
         for place, features in ahead:
             with torch.inference_mode(), hardware.arithmetic():
                 try:
@@ -134,12 +141,10 @@ def fit_standard(head: Head, bags: BagSource, places: Sequence[int], workers: in
 
     Sums of chunks are joined in float64 (Chan, Golub & LeVeque 1983), in the order of ``places``.
     """
-    from wsi_engine.bags import prefetch  # noqa: PLC0415
-
     if head.standard is None:
         return
     count, mean, squares = 0, np.zeros(bags.dim), np.zeros(bags.dim)
-    with closing(prefetch(bags, places, workers)) as ahead:
+    with closing(_load_bags(bags, places, workers)) as ahead:
         for _, features in ahead:
             for start in range(0, len(features), _ROWS):
                 rows = features[start : start + _ROWS].astype(np.float64)

@@ -12,22 +12,23 @@ from wsi_engine.training.settings import TrainSettings
 
 
 def build_optimiser(network: nn.Module, settings: TrainSettings) -> torch.optim.Optimizer:
-    """Adam (Kingma & Ba, ICLR 2015) or AdamW (Loshchilov & Hutter, ICLR 2019) over all weights of a network."""
+    """Adam (Kingma & Ba, ICLR 2015) or AdamW (Loshchilov & Hutter, ICLR 2019) over the weights that learn."""
     build = torch.optim.Adam if settings.optimiser == "adam" else torch.optim.AdamW
-    weights = list(network.parameters())
+    weights = [weight for weight in network.parameters() if weight.requires_grad]
     fused = weights[0].device.type in ("cpu", "cuda")  # one pass over the memory instead of ten
     return build(weights, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=fused)
 
 
-def learning_rate(settings: TrainSettings, epoch: int) -> float:
+def learning_rate(settings: TrainSettings, epoch: int, least: float = 0.0) -> float:
     """The learning rate of an epoch, counted from 0.
 
-    ``cosine``: half the first rate times 1 + cos(π·epoch / epochs), which would reach 0 after the last one
-    (Loshchilov & Hutter, "SGDR", ICLR 2017, equation 5, without restarts).
+    ``cosine``: from the first rate down to ``least``, which it would reach after the last epoch: half of what lies
+    between them times 1 + cos(π·epoch / epochs) (Loshchilov & Hutter, "SGDR", ICLR 2017, equation 5, without restarts).
     """
     if settings.schedule == "constant":
         return settings.learning_rate
-    return settings.learning_rate * (1 + math.cos(math.pi * epoch / settings.epochs)) / 2
+    above = max(0.0, settings.learning_rate - least)
+    return settings.learning_rate - above + above * (1 + math.cos(math.pi * epoch / settings.epochs)) / 2
 
 
 @dataclass(frozen=True)

@@ -52,6 +52,7 @@ class EpochRecord:
         train_loss: mean loss of its steps.
         validation_loss: mean bag loss of the validation slides afterwards; None where there are none.
         seconds: it took, validation included.
+        memory_mb: MiB that were held at its peak beyond what was held before the fold; None where nobody measured.
     """
 
     epoch: int
@@ -59,3 +60,4 @@ class EpochRecord:
     train_loss: float
     validation_loss: float | None
     seconds: float
+    memory_mb: float | None = None

@@ -21,6 +21,7 @@ class Stream(IntEnum):
     TILES = 2
     DROPOUT = 3
     TORCH = 4
+    PROMPTS = 5
 
 
 def open_stream(seed: int, fold: int, epoch: int, stream: Stream) -> np.random.Generator:
@@ -53,15 +54,19 @@ def draw_slides(
 
 
 def draw_tiles(features: NDArray[Any], settings: TrainSettings, generator: np.random.Generator) -> NDArray[Any]:
-    """The tiles (n, D) of a bag (N, D) that one step sees, in their order; at least one.
+    """The tiles (n, D) of a bag (N, D) that one step sees, in their order; at least one. See :func:`draw_rows`."""
+    rows = draw_rows(len(features), settings, generator)
+    return features if rows is None else features[rows]
+
+
+def draw_rows(there: int, settings: TrainSettings, generator: np.random.Generator) -> NDArray[np.int64] | None:
+    """Which of so many tiles one step sees: int64 (n,), ascending, at least one; None for all.
 
     ``tile_dropout`` leaves out its share, then ``max_tiles`` limits what remains.
     """
-    there = len(features)
     keep = max(1, math.floor(there * (1 - settings.tile_dropout) + 0.5))
     if settings.max_tiles is not None:
         keep = min(keep, settings.max_tiles)
     if keep >= there:
-        return features
-    rows = np.sort(generator.choice(there, keep, replace=False, shuffle=False))
-    return features[rows]
+        return None
+    return np.sort(generator.choice(there, keep, replace=False, shuffle=False))

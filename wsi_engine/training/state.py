@@ -25,9 +25,9 @@ class FoldState:
     Attributes:
         standing: how far it has come.
         history: its epochs so far.
-        head: tensors of the head by name.
+        head: tensors of what is trained by name.
         optimiser: the optimiser's state dict.
-        best: tensors of the best head so far.
+        best: the same tensors after the best epoch so far.
     """
 
     standing: Standing
