@@ -1,0 +1,197 @@
+"""``wsi nuclei``: slides and pictures in, every nucleus out."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from enum import StrEnum
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Annotated, Literal, Self
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from wsi_engine.cli import console
+
+if TYPE_CHECKING:
+    from wsi_engine.nuclei.slides import NucleiReport, NucleiResult
+
+_PLAIN_SECONDS = 10.0
+"""Least time between two plain lines of one slide."""
+
+_STYLES = {"done": "green", "already complete": "dim", "no tissue": "yellow", "busy": "yellow", "failed": "bold red"}
+
+
+class Where(StrEnum):
+    """Where nuclei are looked for."""
+
+    auto = "auto"
+    otsu = "otsu"
+    none = "none"
+
+
+class TableKind(StrEnum):
+    """How the table is written."""
+
+    csv = "csv"
+    parquet = "parquet"
+    none = "none"
+
+
+_WHERE: dict[Where, Literal["auto", "otsu"] | None] = {Where.auto: "auto", Where.otsu: "otsu", Where.none: None}
+_TABLES: dict[TableKind, Literal["csv", "parquet"] | None] = {
+    TableKind.csv: "csv",
+    TableKind.parquet: "parquet",
+    TableKind.none: None,
+}
+
+
+def nuclei(
+    slides: Annotated[
+        list[str],
+        typer.Argument(metavar="SLIDE|IMAGE|DIR|CSV...", help="Slides, pictures, folders, CSV files or URLs.",
+                       show_default=False),
+    ],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder of the results.", show_default=False)],
+    method: Annotated[str, typer.Option(help="builtin, or the name of a method such as stain.")] = "builtin",
+    model: Annotated[
+        Path | None, typer.Option(help="File of weights, for a method that has some.", show_default=False)
+    ] = None,
+    slide_mpp: Annotated[
+        float | None,
+        typer.Option(help="Micrometres per level-0 pixel, for pictures and where headers have none.",
+                     show_default=False),
+    ] = None,
+    tissue: Annotated[
+        Where, typer.Option(help="Look at tissue (otsu), at everything (none), or what suits the size (auto).")
+    ] = Where.auto,
+    tile_px: Annotated[int, typer.Option(help="Side of a tile in pixels; changes memory, not nuclei.")] = 1024,
+    workers: Annotated[int, typer.Option(help="Reading threads.")] = 2,
+    geojson: Annotated[bool, typer.Option("--geojson/--no-geojson", help="Write nuclei for QuPath.")] = True,
+    table: Annotated[TableKind, typer.Option(help="Write measurements as csv, parquet, or none.")] = TableKind.csv,
+    overlay: Annotated[bool, typer.Option("--overlay/--no-overlay", help="Draw nuclei over the slide.")] = True,
+    allow_dark: Annotated[
+        bool, typer.Option("--allow-dark", help="Take slides that are dark like fluorescence.")
+    ] = False,
+    reader: Annotated[str, typer.Option(help="auto, turbo, openslide, tiffslide or image.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document at the end.")] = False,
+) -> None:  # fmt: skip
+    """Find and measure every nucleus: OUT/<slide_id>.zarr, GeoJSON for QuPath, a table, a summary and a picture.
+
+    The nuclei do not depend on the tiles. Safe to kill and to run again: finished slides are skipped.
+    A CSV has a column "slide" and, if wanted, "slide_id" and "mpp".
+    """
+    from wsi_engine.nuclei.segmentation import NucleiSettings  # noqa: PLC0415 - Numba loads only when it is needed
+    from wsi_engine.nuclei.slides import NucleiOutputs, segment_slides  # noqa: PLC0415
+
+    settings = NucleiSettings(tile_px, _WHERE[tissue], allow_dark, workers)
+    outputs = NucleiOutputs(geojson, _TABLES[table], overlay)
+    with NucleiDisplay(console.err) as display:
+        report = segment_slides(
+            slides,
+            out,
+            method,
+            weights=model,
+            slide_mpp=slide_mpp,
+            settings=settings,
+            outputs=outputs,
+            reader=reader,
+            progress=display,
+        )
+    if as_json:
+        console.print_json(report.to_json())
+    else:
+        _print_report(report, out)
+    if report.failed:
+        raise typer.Exit(console.EXIT_FAILED)
+
+
+class NucleiDisplay:
+    """Shows a run on a console; a context manager and a :class:`~wsi_engine.nuclei.slides.NucleiProgress`."""
+
+    def __init__(self, to: Console) -> None:
+        self._console = to
+        self._slides = self._finished = 0
+        self._bar = _make_bar(to) if to.is_terminal else None
+        self._task = self._bar.add_task("", total=None, slide="opening", rate="") if self._bar else None
+        self._slide, self._tiles, self._done = "", 0, 0
+        self._started = self._printed = 0.0
+
+    def run_started(self, slides: int) -> None:
+        """So many slides there are."""
+        self._slides = slides
+
+    def slide_started(self, slide_id: str, tiles: int, done: int) -> None:
+        """A slide's tiles are gone through from here on."""
+        self._slide, self._tiles, self._done = slide_id, tiles, done
+        self._started = self._printed = time.monotonic()
+        if self._bar and self._task is not None:
+            self._bar.reset(self._task, total=tiles, completed=done, slide=f"{self._count()} {slide_id}", rate="")
+        else:
+            self._line(f"{slide_id}: {tiles} tiles")
+
+    def tiles_done(self, tiles: int) -> None:
+        """So many more tiles are done."""
+        self._done += tiles
+        rate = self._done / max(time.monotonic() - self._started, 1e-9)
+        if self._bar and self._task is not None:
+            self._bar.update(self._task, advance=tiles, rate=f"{rate:.1f} tiles/s")
+        elif time.monotonic() - self._printed >= _PLAIN_SECONDS:
+            self._printed = time.monotonic()
+            left = (self._tiles - self._done) / max(rate, 1e-9)
+            self._line(f"{self._slide}: {self._done}/{self._tiles} tiles, {rate:.1f} tiles/s, {left:.0f} s left")
+
+    def slide_finished(self, result: NucleiResult) -> None:
+        """A slide ended, well or not."""
+        words = f": {result.message}" if result.message else f", {result.nuclei} nuclei in {result.seconds:.1f} s"
+        head = f"{self._count()} {result.slide_id}: "
+        self._console.print(Text.assemble(head, (result.status, _STYLES[result.status]), words))
+        self._finished += 1
+
+    def _count(self) -> str:
+        return f"[{self._finished + 1}/{self._slides}]"
+
+    def _line(self, text: str) -> None:
+        self._console.print(Text(f"{self._count()} {text}"))
+
+    def __enter__(self) -> Self:
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar:
+            self._bar.stop()
+
+
+def _make_bar(to: Console) -> Progress:
+    columns = TextColumn("{task.fields[slide]}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}")
+    return Progress(*columns, TimeRemainingColumn(), console=to, transient=True)
+
+
+def _print_report(report: NucleiReport, out: Path) -> None:
+    """A table of the slides that have nuclei, one of those that failed, and where the files are."""
+    found = [result for result in report.results if result.status not in ("failed", "busy")]
+    if found:
+        table = Table("slide", "nuclei", "per mm²", "seconds", box=None, padding=(0, 2, 0, 0))
+        for column in table.columns[1:]:
+            column.justify = "right"
+        for result in found:
+            density = "–" if result.per_mm2 is None else f"{result.per_mm2:.0f}"
+            table.add_row(Text(result.slide_id), str(result.nuclei), density, f"{result.seconds:.1f}")
+        console.out.print(table)
+    others = [result for result in report.results if result.status in ("failed", "busy")]
+    if others:
+        table = Table("failed", "why", box=None, padding=(0, 2, 0, 0))
+        for result in others:
+            table.add_row(Text(result.slide_id), Text(result.message))
+        console.out.print(table)
+    counts = Counter(result.status for result in report.results)
+    words = ", ".join(f"{count} {status}" for status, count in counts.items())
+    console.out.print(f"{words} by {report.method} in {report.wall_seconds:.1f} s; {out}", markup=False)

@@ -1,0 +1,85 @@
+"""Nuclei for QuPath: a FeatureCollection that is written as a stream, whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wsi_engine.errors import StoreError
+from wsi_engine.nuclei.instances import InstanceSet
+
+COLOUR = (40, 160, 90)
+"""Red, green and blue that QuPath draws nuclei in."""
+
+_AT_A_TIME = 2_000
+_compact = json.JSONEncoder(separators=(",", ":")).encode
+_NAMESPACE = uuid.UUID("6c2f5a0e-3c57-5f0b-9d0c-0f6f1f1d7a11")
+
+
+def write_nuclei_geojson(nuclei: InstanceSet, path: str | os.PathLike[str]) -> None:
+    """Write nuclei for QuPath (0.4 or newer): a detection each, with its measurements, in level-0 pixels.
+
+    Written a few thousand nuclei at a time, so that memory does not grow with their number, into a file that appears
+    whole or not at all. Ids follow from slide, method and number, so that the same nuclei keep them.
+
+    Args:
+        nuclei: any.
+        path: a ``.geojson`` file, replaced.
+
+    Raises:
+        StoreError: the file cannot be written.
+
+    Source: RFC 7946; QuPath's documentation, "Exporting annotations", for the properties.
+    """
+    target = Path(path)
+    draft = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        with open(draft, "w", encoding="utf-8") as stream:
+            stream.write('{"type":"FeatureCollection","features":[')
+            for start, text in _format_features(nuclei):
+                stream.write(("," if start else "") + "\n" + text)
+            stream.write("\n]}\n")
+        os.replace(draft, target)
+    except OSError as error:
+        raise StoreError(f"cannot write the nuclei {path}: {error.strerror or error}") from error
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def _format_features(nuclei: InstanceSet) -> Iterator[tuple[int, str]]:
+    """Some nuclei at a time as text, a Feature on each line, and the number of the first."""
+    space = uuid.uuid5(_NAMESPACE, f"{nuclei.record.slide}/{nuclei.record.method}")
+    table = nuclei.table()
+    names = [name for name in table if name not in ("id", "x", "y")]
+    classification = json.dumps({"name": "nucleus", "color": list(COLOUR)}, separators=(",", ":"))
+    for start in range(0, len(nuclei), _AT_A_TIME):
+        stop = min(start + _AT_A_TIME, len(nuclei))
+        low = int(nuclei.offsets[start])
+        points = _round_points(nuclei.points[low : int(nuclei.offsets[stop])])
+        bounds = (nuclei.offsets[start : stop + 1] - low).tolist()
+        columns = [np.char.mod("%.5g", table[name][start:stop]).tolist() for name in names]
+        lines = []
+        for row in range(stop - start):
+            ring = points[bounds[row] : bounds[row + 1]]
+            ring.append(ring[0])
+            measured = ",".join([f'"{name}":{column[row]}' for name, column in zip(names, columns, strict=True)])
+            lines.append(
+                f'{{"type":"Feature","id":"{uuid.uuid5(space, str(start + row + 1))}","geometry":{{"type":"Polygon",'
+                f'"coordinates":[{_compact(ring)}]}},"properties":{{"objectType":"detection",'
+                f'"classification":{classification},"measurements":{{{measured}}}}}}}'
+            )
+        yield start, ",\n".join(lines)
+
+
+def _round_points(points: NDArray[np.float32]) -> list[list[float]]:
+    """Points (P, 2) to 0.01 px; as whole numbers where all of them are, which is shorter."""
+    rounded = np.round(points.astype(np.float64), 2)
+    whole = rounded.astype(np.int64)
+    out: list[list[float]] = (whole if np.array_equal(whole, rounded) else rounded).tolist()
+    return out

@@ -1,0 +1,172 @@
+"""The student network on slides of any size."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
+
+from wsi_engine.encoders.deep import choose_device
+from wsi_engine.encoders.precision import arithmetic
+from wsi_engine.errors import ModelError
+from wsi_engine.kernels import fill_holes, remove_small
+from wsi_engine.models.nuclei_net import NucleiNetError, load_nuclei_net
+from wsi_engine.nuclei.method import LARGEST_HOLE_UM2
+from wsi_engine.nuclei.methods import BUILTIN_WEIGHTS
+from wsi_engine.nuclei.student_inference import VIEWS, SplitSettings, StudentPredictor, split_nuclei
+
+WINDOW_PX = 512
+"""Side of the windows without their margin: one shape for all, since a network's rounding hangs on it."""
+
+_CUDA_WINDOWS = 8
+"""Windows that a GPU takes at a time, always so many."""
+
+_REACH = 4.0
+"""Standard deviations at which a Gaussian ends."""
+
+
+class StudentMethod:
+    """A small network taught by painted tissue and unlabelled pictures; a :class:`~.method.NucleiMethod`.
+
+    Its maps are enlarged twofold before they are cut, so that outlines are finer than the network's pixels. A picture
+    comes out as by :func:`~wsi_engine.nuclei.methods.segment_image`, but that holes are filled up to
+    :data:`~wsi_engine.nuclei.method.LARGEST_HOLE_UM2` alone, so that a ring of touching nuclei keeps its lumen.
+
+    Args:
+        weights: a file; None for the built-in ones.
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``.
+        settings: how maps become nuclei.
+        precision: a name that ``choose_precision`` knows.
+        views: turned views that the maps are the mean of, 1–8.
+
+    Raises:
+        ModelError: the weights are missing, damaged or of another model.
+        EncoderError: there is no such device, or it cannot compute in the precision.
+        SettingsError: ``views`` is out of range, or there is no such precision.
+    """
+
+    name = "student"
+    detail = 2
+    clean_px = 0
+    window_px: int | None = WINDOW_PX
+
+    def __init__(
+        self,
+        weights: str | os.PathLike[str] | None = None,
+        device: str = "auto",
+        settings: SplitSettings | None = None,
+        precision: str = "auto",
+        views: int = VIEWS,
+    ) -> None:
+        path = Path(weights) if weights is not None else BUILTIN_WEIGHTS
+        try:
+            network, card = load_nuclei_net(path)
+        except NucleiNetError as error:
+            raise ModelError(str(error)) from error
+        self.settings, self.mpp = settings or SplitSettings(), float(card["mpp"])
+        self.predictor = StudentPredictor(network, choose_device(device), precision, views)
+        stride, enlarging = network.stride, 1
+        self.margin_px = -(-(network.reach + enlarging) // stride) * stride
+        self.gap_px = 1 + int(_REACH * self.settings.sigma_um / self.fine_mpp + 0.5)
+        self._weights = hashlib.sha256(path.read_bytes()).hexdigest()
+
+    @property
+    def fine_mpp(self) -> float:
+        """Micrometres per pixel of the maps."""
+        return self.mpp / self.detail
+
+    def fit(self, samples: Sequence[NDArray[np.uint8]]) -> FittedStudent:
+        """Nothing adapts to the slide."""
+        return FittedStudent(self)
+
+    def to_json(self) -> dict[str, Any]:
+        """Digest of the weights, and the settings."""
+        return {
+            "weights": self._weights,
+            "mpp": self.mpp,
+            "views": self.predictor.views,
+            "split": asdict(self.settings),
+            "largest_hole_um2": LARGEST_HOLE_UM2,
+        }
+
+
+@dataclass(frozen=True)
+class FittedStudent:
+    """The student on one slide."""
+
+    method: StudentMethod
+
+    def foreground(self, windows: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Probability and depth: uint8 (N, h + 2 m, w + 2 m, 3) to float32 (N, 2, 2 h, 2 w), about 0 … 1."""
+        predictor, margin = self.method.predictor, self.method.margin_px
+        size = _CUDA_WINDOWS if predictor.device.type == "cuda" else 1
+        parts = []
+        with torch.inference_mode():
+            for start in range(0, len(windows), size):
+                some = windows[start : start + size]
+                filled = np.concatenate([some, np.zeros((size - len(some), *some.shape[1:]), np.uint8)])
+                pixels = torch.from_numpy(filled).to(predictor.device).permute(0, 3, 1, 2)
+                maps = average_views(predictor, pixels)[: len(some)]
+                parts.append(_enlarge(maps, margin, self.method.detail).cpu().numpy())
+        return np.concatenate(parts)
+
+    def mask(self, maps: NDArray[np.float32]) -> NDArray[np.bool_]:
+        """Where the probability is above the threshold."""
+        return np.asarray(maps[0] > self.method.settings.threshold)
+
+    def split(self, maps: NDArray[np.float32], mask: NDArray[np.bool_]) -> NDArray[np.int32]:
+        """Divide components by a watershed of their depth."""
+        settings, mpp = self.method.settings, self.method.fine_mpp
+        wide = fill_holes(mask) & ~fill_holes(mask, LARGEST_HOLE_UM2 / mpp**2)
+        if wide.any():  # filled with what speaks neither for a nucleus nor against it, and emptied again
+            maps = maps.copy()
+            maps[0][wide] = settings.least_score
+        labels = split_nuclei(maps, mpp, settings)
+        if wide.any():
+            labels[wide] = 0
+            labels = remove_small(labels, int(np.ceil(settings.least_area_um2 / mpp**2)))
+        return labels
+
+    def to_json(self) -> dict[str, Any]:
+        """Where and how precisely it was computed."""
+        predictor = self.method.predictor
+        return {"device": predictor.device.type, "precision": str(predictor.precision)}
+
+
+def average_views(predictor: StudentPredictor, pixels: Tensor) -> Tensor:
+    """Probability and depth, the mean over the predictor's views, each turned back.
+
+    Args:
+        predictor: of the student.
+        pixels: uint8 (B, 3, S, S) on its device, S a multiple of the network's stride.
+
+    Returns:
+        float32 (B, 2, S, S).
+    """
+    total = torch.zeros(len(pixels), 2, *pixels.shape[2:], device=pixels.device)
+    for view in range(predictor.views):
+        turned = torch.rot90(pixels, view % 4, (2, 3))
+        turned = turned.flip(3) if view >= 4 else turned
+        with arithmetic(predictor.precision, predictor.device):
+            out = predictor.network(turned.float().contiguous(memory_format=torch.channels_last)).float()
+        out = out.flip(3) if view >= 4 else out
+        out = torch.rot90(out, -(view % 4), (2, 3))
+        total += torch.cat([torch.sigmoid(out[:, :1]), out[:, 1:]], dim=1)
+    return total / predictor.views
+
+
+def _enlarge(maps: Tensor, margin: int, detail: int) -> Tensor:
+    """Maps (B, C, h + 2 m, w + 2 m) without their margin, interpolated linearly: (B, C, d · h, d · w)."""
+    edge = margin - 1  # interpolation looks at the next pixel
+    inner = maps[..., edge : maps.shape[2] - edge, edge : maps.shape[3] - edge]
+    grown = functional.interpolate(inner, scale_factor=float(detail), mode="bilinear", align_corners=False)
+    return grown[..., detail : grown.shape[2] - detail, detail : grown.shape[3] - detail]
