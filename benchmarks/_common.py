@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,26 @@ def time_pair(case: Case, repeats: int = 5) -> Timing:
         ours.append(_seconds(case.ours))
         theirs.append(_seconds(case.theirs))
     return Timing(case, statistics.median(ours), statistics.median(theirs))
+
+
+def run_cases(cases: Iterable[Case], line: Callable[[Timing], str], repeats: int, keep: Path | None) -> None:
+    """Time the cases in turn, print a line of each, and keep the figures as JSON where a file is given."""
+    rows = []
+    for case in cases:
+        timing = time_pair(case, repeats)
+        print(line(timing), flush=True)
+        rows.append({"name": case.name, "against": case.against, "ours": timing.ours, "theirs": timing.theirs})
+    if keep:
+        keep.write_text(json.dumps({"machine": describe_machine(), "rows": rows}, indent=2))
+
+
+def parse_options(text: str | None, repeats: int) -> tuple[int, Path | None]:
+    """``--repeats`` and ``--json`` of the command line; ``text`` describes the benchmark."""
+    parser = argparse.ArgumentParser(description=text)
+    parser.add_argument("--repeats", type=int, default=repeats)
+    parser.add_argument("--json", type=Path, help="keep the figures in this file")
+    options = parser.parse_args()
+    return options.repeats, options.json
 
 
 def _seconds(work: Callable[[], object]) -> float:

@@ -6,15 +6,13 @@ timed in turns in this one process, medians.
 
 from __future__ import annotations
 
-import argparse
-import json
 import tempfile
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from benchmarks._common import Case, Timing, describe_machine, time_pair
+from benchmarks._common import Case, Timing, describe_machine, parse_options, run_cases
 from wsi_engine import FeatureStore, TileGrid
 from wsi_engine.bags import StoredBags
 from wsi_engine.encoders.base import EncoderCard
@@ -68,20 +66,11 @@ def line(timing: Timing) -> str:
 
 def main() -> None:
     """Measure every case and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeats", type=int, default=21)
-    parser.add_argument("--json", type=Path, help="keep the figures in this file")
-    options = parser.parse_args()
+    repeats, keep = parse_options(__doc__, 21)
     print(f"{describe_machine()}, NumPy {np.__version__}", flush=True)
-    timings = []
     with tempfile.TemporaryDirectory() as folder:
-        for tiles, dim in SIZES:
-            for case in cases(Path(folder), tiles, dim):
-                timings.append(time_pair(case, options.repeats))
-                print(line(timings[-1]), flush=True)
-    if options.json:
-        rows = [{"name": t.case.name, "against": t.case.against, "ours": t.ours, "theirs": t.theirs} for t in timings]
-        options.json.write_text(json.dumps({"machine": describe_machine(), "rows": rows}, indent=2))
+        every = (case for tiles, dim in SIZES for case in cases(Path(folder), tiles, dim))
+        run_cases(every, line, repeats, keep)
 
 
 if __name__ == "__main__":

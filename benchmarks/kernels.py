@@ -6,10 +6,7 @@ unless said. Cases against OpenCV run where it is installed.
 
 from __future__ import annotations
 
-import argparse
-import json
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import scipy.ndimage
@@ -21,7 +18,7 @@ from skimage.morphology import disk
 from skimage.segmentation import watershed
 
 from benchmarks import kernels_labels, kernels_maxima, kernels_morphology, kernels_regions
-from benchmarks._common import Case, Timing, describe_machine, time_pair
+from benchmarks._common import Case, Timing, describe_machine, parse_options, run_cases
 from wsi_engine import kernels
 from wsi_engine.memory import keep_freed_memory
 from wsi_engine.synthetic import SlideSpec, SyntheticSlide
@@ -91,21 +88,12 @@ def line(timing: Timing) -> str:
 
 def main() -> None:
     """Measure every case and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--json", type=Path, help="keep the figures in this file")
-    options = parser.parse_args()
+    repeats, keep = parse_options(__doc__, 7)
     print(describe_machine())
     print(f"NumPy {np.__version__}, SciPy {scipy.__version__}, scikit-image {skimage.__version__}", flush=True)
     keep_freed_memory()  # for both sides, as in an engine's process
     kernels.set_thread_count(1)
-    timings = []
-    for case in all_cases():
-        timings.append(time_pair(case, options.repeats))
-        print(line(timings[-1]), flush=True)
-    if options.json:
-        rows = [{"name": t.case.name, "against": t.case.against, "ours": t.ours, "theirs": t.theirs} for t in timings]
-        options.json.write_text(json.dumps({"machine": describe_machine(), "rows": rows}, indent=2))
+    run_cases(all_cases(), line, repeats, keep)
 
 
 if __name__ == "__main__":

@@ -7,8 +7,7 @@ timm loads here and the other way round.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 import timm
@@ -16,6 +15,8 @@ import timm.layers
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d
+
+from wsi_engine.models.seeding import seeded
 
 _LAYER_CLASSES = {"mlp_layer": timm.layers}
 """Options whose value is a class in timm and the class's name here, so that options stay plain JSON."""
@@ -116,7 +117,7 @@ def build_backbone(
     cut = bool(arguments.get("features_only", False))
     if not cut:
         arguments.setdefault("num_classes", 0)
-    with _seeded(seed), torch.device(device):
+    with seeded(seed), torch.device(device):
         network = timm.create_model(architecture, pretrained=False, **arguments)
     if cut:
         return FeatureMapBackbone(network).eval()
@@ -127,17 +128,6 @@ def convert_published(backbone: Backbone, state: Mapping[str, Tensor]) -> dict[s
     """Bring a checkpoint that timm publishes to the names of the network, by timm's own rules for its kind."""
     convert = getattr(sys.modules[type(backbone.network).__module__], "checkpoint_filter_fn", None)
     return dict(state) if convert is None else dict(convert(dict(state), backbone.network))
-
-
-@contextmanager
-def _seeded(seed: int | None) -> Iterator[None]:
-    """Seed the CPU's generator inside, and put it back outside; accelerators' generators are not touched."""
-    if seed is None:
-        yield
-        return
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        yield
 
 
 def _layer_class(name: str, value: Any) -> Any:

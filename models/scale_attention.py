@@ -11,14 +11,13 @@ Tensors of F carry the names of the paper's own code.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from wsi_engine.models.backbones import build_backbone
+from wsi_engine.models.seeding import seeded
 
 DILATIONS = (1, 2, 3, 5, 10, 20)
 """Of both convolutions of each residual block."""
@@ -230,17 +229,6 @@ class ScaleClassifier(nn.Module):
         pooled = self.backbone(attention * images)  # (B, 512)
         logits: Tensor = self.classifier(pooled)
         return logits.float()
-
-
-@contextmanager
-def seeded(seed: int | None) -> Iterator[None]:
-    """Seed torch's CPU generator inside and put it back outside; None leaves it to the caller."""
-    if seed is None:
-        yield
-        return
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        yield
 
 
 def normalise_pixels(pixels: Tensor) -> Tensor:

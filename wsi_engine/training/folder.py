@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wsi_engine.errors import ModelError, WsiError
-from wsi_engine.lease import hold_lease
+from wsi_engine.lease import Lease, hold_lease
 from wsi_engine.predictions import PredictionTable
 from wsi_engine.runs import RunFolder, RunRecord, write_text
 
@@ -28,7 +28,7 @@ Probabilities = dict[int, NDArray[np.float64]]
 
 
 @contextmanager
-def hold_run(run: RunFolder) -> Iterator[None]:
+def hold_run(run: RunFolder) -> Iterator[Lease]:
     """Make the folder and keep other processes out of it for the ``with`` block.
 
     Raises:
@@ -39,8 +39,8 @@ def hold_run(run: RunFolder) -> Iterator[None]:
         run.path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ModelError(f"cannot make the folder {run.path}: {error.strerror or error}") from error
-    with hold_lease(run.path / f".{run.path.resolve().name}.lease"):
-        yield
+    with hold_lease(run.path / f".{run.path.resolve().name}.lease", "training") as lease:
+        yield lease
 
 
 def begin_run(run: RunFolder, record: RunRecord, splits: str) -> RunRecord:

@@ -74,6 +74,7 @@ class FoldsRun:
         folds: its parts.
         trainer: trains one of them.
         epochs: of a fold, at most.
+        check: called before anything is written; raises where the folder's lease was lost.
     """
 
     def __init__(
@@ -84,9 +85,10 @@ class FoldsRun:
         folds: Sequence[Fold],
         trainer: FoldTrainer,
         epochs: int,
+        check: Callable[[], None] = lambda: None,
     ) -> None:
         self.run, self.record, self.training, self.folds = run, record, training, folds
-        self.trainer, self.epochs = trainer, epochs
+        self.trainer, self.epochs, self._check_lease = trainer, epochs, check
         self.log = TrainLog(run.log_file)
         self.validation = read_predictions(run.validation_file, training, [fold.validation for fold in folds])
         self.test = read_predictions(run.predictions_file, training, [fold.test for fold in folds])
@@ -116,6 +118,7 @@ class FoldsRun:
                 **self.trainer.summarise(self.log),
             }
             self.record = replace(self.record, complete=True, summary=summary)
+            self._check_lease()
             self.run.write_record(self.record)
         return TrainReport(self.run.path, self.record, tuple(summaries), tuple(warnings))
 
@@ -129,6 +132,7 @@ class FoldsRun:
         fold = self.folds[number]
 
         def told(record: EpochRecord) -> None:
+            self._check_lease()
             self.log.add({"fold": number, **asdict(record)})
             if progress:
                 progress.epoch_finished(number, record.epoch, record.train_loss, record.validation_loss)
@@ -136,6 +140,7 @@ class FoldsRun:
         if progress:
             progress.fold_started(number, len(fold.train))
         fitted = self.trainer.fit(number, self.run.state_file(number), told)
+        self._check_lease()
         self._write_head(number, fitted)
         self.validation[number], self.test[number] = fitted.validation, fitted.test
         self._write_table(self.run.validation_file, [one.validation for one in self.folds], self.validation)

@@ -15,6 +15,7 @@ from wsi_engine.encoders.precision import Precision
 from wsi_engine.errors import ModelError
 from wsi_engine.models import Head, HeadError, HeadOutput
 from wsi_engine.training.hardware import Hardware
+from wsi_engine.training.keeping import PassedBags
 
 if TYPE_CHECKING:
     from wsi_engine.bags import BagSource
@@ -28,27 +29,12 @@ _ROWS = 4096
 """Tiles turned into float64 at a time for mean and spread."""
 
 
-class LoweredBags:
+class LoweredBags(PassedBags):
     """Bags in bfloat16, turned into it where they are loaded instead of in every step.
 
     What a head's first layer computes is the same, for it would round them so itself. NumPy has no such type: the bytes
     travel as int16, and :func:`to_tensor` knows them.
     """
-
-    def __init__(self, source: BagSource) -> None:
-        self._source = source
-
-    @property
-    def dim(self) -> int:
-        """Numbers per tile."""
-        return self._source.dim
-
-    def __len__(self) -> int:
-        return len(self._source)
-
-    def tiles(self, place: int) -> int:
-        """Number of tiles of a bag."""
-        return self._source.tiles(place)
 
     def load(self, place: int) -> NDArray[Any]:
         """The bytes of a bag (N, D) in bfloat16, as int16."""

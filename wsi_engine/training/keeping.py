@@ -16,18 +16,11 @@ KEPT_SHARE = 0.25
 """Part of the memory available at the start that features may take."""
 
 
-class KeptBags:
-    """A source of bags that reads each one once, while they fit; safe from several threads.
+class PassedBags:
+    """The bags of another source; what is made of their features is up to those who derive from it."""
 
-    Features are kept as the source gives them, so that keeping them changes no result.
-    """
-
-    def __init__(self, source: BagSource, limit: int | None = None) -> None:
-        """Keep at most ``limit`` bytes; None takes :data:`KEPT_SHARE` of what is available."""
+    def __init__(self, source: BagSource) -> None:
         self._source = source
-        self._left = int(available_memory() * KEPT_SHARE) if limit is None else limit
-        self._kept: dict[int, NDArray[Any]] = {}
-        self._lock = threading.Lock()
 
     @property
     def dim(self) -> int:
@@ -40,6 +33,20 @@ class KeptBags:
     def tiles(self, place: int) -> int:
         """Number of tiles of a bag."""
         return self._source.tiles(place)
+
+
+class KeptBags(PassedBags):
+    """A source of bags that reads each one once, while they fit; safe from several threads.
+
+    Features are kept as the source gives them, so that keeping them changes no result.
+    """
+
+    def __init__(self, source: BagSource, limit: int | None = None) -> None:
+        """Keep at most ``limit`` bytes; None takes :data:`KEPT_SHARE` of what is available."""
+        super().__init__(source)
+        self._left = int(available_memory() * KEPT_SHARE) if limit is None else limit
+        self._kept: dict[int, NDArray[Any]] = {}
+        self._lock = threading.Lock()
 
     def load(self, place: int) -> NDArray[Any]:
         """The features (N, D) of a bag, from memory where they are kept."""

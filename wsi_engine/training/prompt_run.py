@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -114,10 +114,10 @@ def train_prompt(
     roster, run = Roster.read(cohort), RunFolder(Path(out))
     plan = HeadPlan(head, loaded.card.dim, 2, dict(options or {}))
     plan.all_options()  # whatever is wrong with the head shows before slides are opened
-    with hold_run(run):
+    with hold_run(run) as lease:
         origin = _describe_features(loaded, size, _tuning_precision(loaded, settings))
         slides = prepare_slide_set(roster, run.path / FEATURES, label, origin, size, splits, slide_mpp)
-        course = _Course(run, label, loaded, tuning, splits, settings, size, slides, plan)
+        course = _Course(run, label, loaded, tuning, splits, settings, size, slides, plan, lease.check)
         return course.train_frozen(progress) if mode == "conventional" else course.train_tuned(origin, progress)
 
 
@@ -166,6 +166,7 @@ class _Course:
     size: ExtractSettings
     slides: SlideSet
     head: HeadPlan
+    check: Callable[[], None]
 
     def train_tuned(self, origin: FeatureOrigin, progress: TrainProgress | None) -> TrainReport:
         """Prompts, or the encoder itself, fold by fold."""
@@ -224,7 +225,7 @@ class _Course:
             engine_version=__version__,
         )
         record = begin_run(self.run, record, render_splits(training, folds))
-        return FoldsRun(self.run, record, training, folds, trainer, self.settings.epochs).train(progress)
+        return FoldsRun(self.run, record, training, folds, trainer, self.settings.epochs, self.check).train(progress)
 
     def _choose_hardware(self, origin: FeatureOrigin) -> Hardware:
         """Device and precision of the passes; one thread where a chunk of tiles is too little to share."""

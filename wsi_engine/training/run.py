@@ -91,10 +91,10 @@ def train_head(
         engine_version=__version__,
     )
     run = RunFolder(Path(out))
-    with hold_run(run):
+    with hold_run(run) as lease:
         record = begin_run(run, record, render_splits(training, folds))
         trainer = HeadTrainer(training, folds, plan, settings, hardware, bags)
-        return FoldsRun(run, record, training, folds, trainer, settings.epochs).train(progress)
+        return FoldsRun(run, record, training, folds, trainer, settings.epochs, lease.check).train(progress)
 
 
 class HeadTrainer:
