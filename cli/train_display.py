@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from rich.console import Console
 from rich.progress import TextColumn
@@ -19,19 +19,29 @@ _PLAIN_SECONDS = 10.0
 
 
 class TrainDisplay(BarDisplay):
-    """Shows a training on a console; a context manager and a :class:`~wsi_engine.training.report.TrainProgress`."""
+    """Shows a training on a console; a context manager and a :class:`~wsi_engine.training.report.TrainProgress`.
 
-    def __init__(self, console: Console) -> None:
+    It takes over from the display of what comes before training, where there is one: only one bar can be live.
+    """
+
+    def __init__(self, console: Console, before: BarDisplay | None = None) -> None:
         super().__init__(
             console, make_bar(console, TextColumn("{task.description}"), TextColumn("{task.fields[said]}"))
         )
+        self._before = before
         self._folds = self._epochs = 0
         self._printed = 0.0
         self._all = self._bar.add_task("folds", total=None, said="") if self._bar else None
         self._one = self._bar.add_task("epochs", total=None, said="", visible=False) if self._bar else None
 
+    def __enter__(self) -> Self:
+        return self if self._before else super().__enter__()
+
     def run_started(self, folds: int, epochs: int) -> None:
         """So many folds there are, of so many epochs at most."""
+        if self._before:
+            self._before.__exit__(None, None, None)
+            super().__enter__()
         self._folds, self._epochs = folds, epochs
         if self._bar and self._all is not None:
             self._bar.update(self._all, total=folds)

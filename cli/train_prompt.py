@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import fields, replace
 from enum import StrEnum
 from pathlib import Path
@@ -129,13 +130,18 @@ def _train(**values: Any) -> None:
     settings = PromptSettings(**{field.name: plain.pop(field.name) for field in fields(PromptSettings)})
     plain["tissue"] = None if plain["tissue"] == "none" else plain["tissue"]
     cohort, label, out = plain.pop("cohort"), plain.pop("label"), plain.pop("out")
+    from wsi_engine.cli.progress import RunDisplay  # noqa: PLC0415
     from wsi_engine.cli.train_display import TrainDisplay  # noqa: PLC0415
     from wsi_engine.training.prompt_run import train_prompt as train  # noqa: PLC0415 - loads torch
 
-    with TrainDisplay(console.err) as display:
+    extracts = plain["mode"] == Mode.conventional.value
+    with (
+        RunDisplay(console.err) if extracts else nullcontext() as extracting,
+        TrainDisplay(console.err, extracting) as display,
+    ):
         report = train(
             cohort, label, out, options={"standardise": standardise}, splits=splits, settings=settings,
-            progress=display, **plain,
+            progress=display, extract_progress=extracting, **plain,
         )  # fmt: skip
     if as_json:
         console.print_json(report.to_json() | {"tuning": report.record.summary.get("tuning")})

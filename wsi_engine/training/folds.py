@@ -16,7 +16,7 @@ from wsi_engine.errors import ModelError
 from wsi_engine.metrics import apply_temperature, auroc, fit_temperature, youden_threshold
 from wsi_engine.models import HeadError, read_head_card
 from wsi_engine.models.prompt import PromptError
-from wsi_engine.runs import RunFolder, RunRecord
+from wsi_engine.runs import DIGESTS, RunFolder, RunRecord
 from wsi_engine.training.fold import FittedFold, fold_warnings
 from wsi_engine.training.folder import Probabilities, read_predictions, write_predictions
 from wsi_engine.training.hardware import Hardware
@@ -115,6 +115,7 @@ class FoldsRun:
                 "seconds": sum(one.seconds for one in summaries),
                 "folds": [asdict(one) for one in summaries],
                 "warnings": warnings,
+                DIGESTS: self.run.digests(),
                 **self.trainer.summarise(self.log),
             }
             self.record = replace(self.record, complete=True, summary=summary)
@@ -145,7 +146,10 @@ class FoldsRun:
         self.validation[number], self.test[number] = fitted.validation, fitted.test
         self._write_table(self.run.validation_file, [one.validation for one in self.folds], self.validation)
         self._write_table(self.run.predictions_file, [one.test for one in self.folds], self.test)
-        self.run.state_file(number).unlink(missing_ok=True)
+        try:
+            self.run.state_file(number).unlink(missing_ok=True)
+        except OSError as error:
+            raise ModelError(f"cannot remove {self.run.state_file(number)}: {error.strerror or error}") from error
 
     def _write_table(self, path: Path, places: Sequence[Sequence[int]], found: Probabilities) -> None:
         write_predictions(path, self.training, places, found)

@@ -19,7 +19,7 @@ from wsi_engine.encoders.base import Encoder
 from wsi_engine.encoders.deep import DeepEncoder, choose_device
 from wsi_engine.encoders.precision import Precision, choose_precision
 from wsi_engine.errors import EncoderError, InputError
-from wsi_engine.extraction import extract_sources
+from wsi_engine.extraction import Progress, extract_sources
 from wsi_engine.grid import GridSettings
 from wsi_engine.jobs import ExtractSettings
 from wsi_engine.runs import FeatureOrigin, RunFolder, RunRecord
@@ -64,6 +64,7 @@ def train_prompt(
     splits: SplitSettings | None = None,
     settings: PromptSettings | None = None,
     progress: TrainProgress | None = None,
+    extract_progress: Progress | None = None,
 ) -> TrainReport:
     """Train prompts in a frozen vision transformer, and a head on its features, by the labels of slides alone.
 
@@ -93,7 +94,8 @@ def train_prompt(
         reader: ``auto`` or one reader's name.
         splits: how to split; None takes five folds by patient.
         settings: how to train; None takes the defaults.
-        progress: told how it goes.
+        progress: told how training goes.
+        extract_progress: told how features are extracted, for ``conventional``.
 
     Raises:
         EncoderError: the encoder is unknown, or no transformer that can be prompted.
@@ -118,7 +120,9 @@ def train_prompt(
         origin = _describe_features(loaded, size, _tuning_precision(loaded, settings))
         slides = prepare_slide_set(roster, run.path / FEATURES, label, origin, size, splits, slide_mpp)
         course = _Course(run, label, loaded, tuning, splits, settings, size, slides, plan, lease.check)
-        return course.train_frozen(progress) if mode == "conventional" else course.train_tuned(origin, progress)
+        if mode == "conventional":
+            return course.train_frozen(progress, extract_progress)
+        return course.train_tuned(origin, progress)
 
 
 def _load_encoder(
@@ -181,10 +185,10 @@ class _Course:
         folds = split_cohort(training, self.splits)
         return self._train(training, folds, plan, origin, hardware, PromptTrainer(task, folds, origin), progress)
 
-    def train_frozen(self, progress: TrainProgress | None) -> TrainReport:
+    def train_frozen(self, progress: TrainProgress | None, extract_progress: Progress | None) -> TrainReport:
         """The conventional way: features extracted once, then a head on them."""
         folder = self.run.path / FEATURES
-        report = extract_sources(self.slides.sources, folder, self.encoder, self.size)
+        report = extract_sources(self.slides.sources, folder, self.encoder, self.size, extract_progress)
         if report.failed:
             first = report.failed[0]
             more = f", and {len(report.failed) - 1} more slides failed" if len(report.failed) > 1 else ""
