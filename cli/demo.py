@@ -27,9 +27,11 @@ def demo(
         typer.Option(help="Micrometres per level-0 pixel, where the header has none.", show_default=False),
     ] = None,
 ) -> None:
-    """Do the main job end to end: info, features by two encoders, a picture, and a cohort trained and classified."""
+    """Do the main job end to end: info, features, a picture, a cohort trained and classified, nuclei."""
     from wsi_engine.cli.demo_cohort import demo_cohort  # noqa: PLC0415
+    from wsi_engine.cli.demo_nuclei import demo_nuclei  # noqa: PLC0415
     from wsi_engine.cli.info import info  # noqa: PLC0415
+    from wsi_engine.store import FeatureStore  # noqa: PLC0415
 
     start = time.monotonic()
     path = slide or str(_draw_slide(out))
@@ -46,6 +48,8 @@ def demo(
     _print_store(store)
     console.out.print(f"picture: {picture}", markup=False)
     demo_cohort(out)
+    _say("Every nucleus of a field of the slide (wsi nuclei)")
+    demo_nuclei(path, out, slide_mpp, FeatureStore.open(store).tissue())
     _print_next(path, out, store, time.monotonic() - start)
 
 
@@ -128,6 +132,7 @@ def _print_next(path: str, out: Path, store: str, seconds: float) -> None:
         "wsi encoders",
         f"wsi extract YOUR_SLIDES/ -o {out}/yours --encoder texture",
         f"wsi extract {path} -o {out}/features --encoder uni --weights uni.safetensors",
+        f"wsi nuclei {path} -o {out}/all-nuclei",
         f"wsi export trident {store} -o {out}/trident --encoder texture",
         *next_commands(out),
         f'python -c "import wsi_engine as we; print(we.FeatureStore.open({store!r}).features({"texture"!r}).shape)"',

@@ -3,16 +3,36 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 from rich.text import Text
+from typer.core import TyperGroup
 
 from wsi_engine.cli import console
+from wsi_engine.cli.evaluate_nuclei import evaluate_nuclei
 
 if TYPE_CHECKING:
     from wsi_engine.evaluation import Comparison, Evaluation
+
+
+class _RunByDefault(TyperGroup):
+    """``wsi evaluate RUN`` is short for ``wsi evaluate run RUN``."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in self.commands and args[0] not in ctx.help_option_names:
+            args = ["run", *args]
+        return super().parse_args(ctx, args)
+
+
+evaluate_app = typer.Typer(
+    name="evaluate",
+    help="Measure a run or predictions of classes (wsi evaluate RUN), or nuclei (wsi evaluate nuclei).",
+    cls=_RunByDefault,
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 
 
 def evaluate(
@@ -115,3 +135,7 @@ def _make_table(*columns: str) -> Table:
 
 def _format(value: float, sign: str = "") -> str:
     return f"{value:{sign}.3f}" if value == value else "n/a"  # noqa: PLR0124 - NaN alone differs from itself
+
+
+evaluate_app.command("run")(console.reporting(evaluate))
+evaluate_app.command("nuclei")(console.reporting(evaluate_nuclei))

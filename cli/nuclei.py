@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from wsi_engine.cli import console
+from wsi_engine.cli.cluster import ClusterDisplay, ClusterOption
 
 if TYPE_CHECKING:
     from wsi_engine.nuclei.slides import NucleiReport, NucleiResult
@@ -57,9 +58,13 @@ def nuclei(
                        show_default=False),
     ],
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder of the results.", show_default=False)],
-    method: Annotated[str, typer.Option(help="builtin, or the name of a method such as stain.")] = "builtin",
+    method: Annotated[
+        str, typer.Option(help="student, stain, scale-attention, or builtin: the student, or what --model is of.")
+    ] = "builtin",
     model: Annotated[
-        Path | None, typer.Option(help="File of weights, for a method that has some.", show_default=False)
+        Path | None,
+        typer.Option(metavar="FILE", help="Weights in place of the built-in ones, as of wsi train nuclei.",
+                     show_default=False),
     ] = None,
     slide_mpp: Annotated[
         float | None,
@@ -70,6 +75,7 @@ def nuclei(
         Where, typer.Option(help="Look at tissue (otsu), at everything (none), or what suits the size (auto).")
     ] = Where.auto,
     tile_px: Annotated[int, typer.Option(help="Side of a tile in pixels; changes memory, not nuclei.")] = 1024,
+    device: Annotated[str, typer.Option(help="Where a network runs: auto, cpu, cuda, cuda:1.")] = "auto",
     workers: Annotated[int, typer.Option(help="Reading threads.")] = 2,
     geojson: Annotated[bool, typer.Option("--geojson/--no-geojson", help="Write nuclei for QuPath.")] = True,
     table: Annotated[TableKind, typer.Option(help="Write measurements as csv, parquet, or none.")] = TableKind.csv,
@@ -78,6 +84,7 @@ def nuclei(
         bool, typer.Option("--allow-dark", help="Take slides that are dark like fluorescence.")
     ] = False,
     reader: Annotated[str, typer.Option(help="auto, turbo, openslide, tiffslide or image.")] = "auto",
+    cluster: ClusterOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document at the end.")] = False,
 ) -> None:  # fmt: skip
     """Find and measure every nucleus: OUT/<slide_id>.zarr, GeoJSON for QuPath, a table, a summary and a picture.
@@ -90,17 +97,19 @@ def nuclei(
 
     settings = NucleiSettings(tile_px, _WHERE[tissue], allow_dark, workers)
     outputs = NucleiOutputs(geojson, _TABLES[table], overlay)
-    with NucleiDisplay(console.err) as display:
+    with NucleiDisplay(console.err) if cluster is None else ClusterDisplay(console.err, _describe) as display:
         report = segment_slides(
             slides,
             out,
             method,
             weights=model,
+            device=device,
             slide_mpp=slide_mpp,
             settings=settings,
             outputs=outputs,
             reader=reader,
             progress=display,
+            cluster=cluster,
         )
     if as_json:
         console.print_json(report.to_json())
@@ -147,9 +156,7 @@ class NucleiDisplay:
 
     def slide_finished(self, result: NucleiResult) -> None:
         """A slide ended, well or not."""
-        words = f": {result.message}" if result.message else f", {result.nuclei} nuclei in {result.seconds:.1f} s"
-        head = f"{self._count()} {result.slide_id}: "
-        self._console.print(Text.assemble(head, (result.status, _STYLES[result.status]), words))
+        self._console.print(Text.assemble(f"{self._count()} {result.slide_id}: ", _describe(result)))
         self._finished += 1
 
     def _count(self) -> str:
@@ -168,6 +175,12 @@ class NucleiDisplay:
     ) -> None:
         if self._bar:
             self._bar.stop()
+
+
+def _describe(result: NucleiResult) -> Text:
+    """How a slide ended, in words."""
+    words = f": {result.message}" if result.message else f", {result.nuclei} nuclei in {result.seconds:.1f} s"
+    return Text.assemble((result.status, _STYLES[result.status]), words)
 
 
 def _make_bar(to: Console) -> Progress:

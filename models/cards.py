@@ -97,7 +97,11 @@ class CardFile:
         source = self.find(path)
         with self._open(source) as file:
             card = self._parse(file.metadata(), source)
-            return {name: file.get_tensor(name) for name in file.keys()}, card  # noqa: SIM118 - not a mapping
+            try:
+                return {name: file.get_tensor(name) for name in file.keys()}, card  # noqa: SIM118 - not a mapping
+            except Exception as error:  # a type that torch does not know, a size that no memory holds
+                reason = str(error).strip().splitlines() or [type(error).__name__]
+                raise self.unreadable(f"a tensor in {source} cannot be read ({reason[0]}); save it again") from error
 
     def require(self, card: dict[str, Any] | None, source: Path) -> dict[str, Any]:
         """The card, where the file must have one."""
@@ -133,6 +137,10 @@ class CardFile:
             raise self.unreadable(
                 f"{source} holds {name} as {tensor.dtype}, {tensor.layout}; save plain floating weights"
             )
+        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise self.unreadable(
+                f"{source} declares {tensor.numel()} numbers in {name} and holds fewer; save it again"
+            )
         fitted = tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
         if not fitted.isfinite().all():
             raise self.unreadable(
@@ -155,7 +163,7 @@ class CardFile:
             return None
         try:
             card = json.loads(metadata[self.key])
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise self.unreadable(f"the card in {path} is not JSON; save {self.the} again") from error
         kinds = {"version": object, **self.entries}
         if not isinstance(card, dict) or not all(

@@ -147,7 +147,11 @@ def load_nuclei_net(path: str | os.PathLike[str]) -> tuple[NucleiNet, dict[str, 
     tensors, found = NUCLEI_FILE.read(path)
     card = NUCLEI_FILE.require(found, Path(path))
     try:
-        network = NucleiNet(NucleiNetSettings(tuple(card["widths"])))
+        settings = NucleiNetSettings(tuple(card["widths"]))
+        wanted = sum(9 * width**2 for width in settings.widths)  # of each level's second convolution
+        if wanted > max(1 << 20, 2 * sum(tensor.numel() for tensor in tensors.values())):
+            raise ValueError(f"widths {list(settings.widths)} are not those of its tensors")
+        network = NucleiNet(settings)
     except (TypeError, ValueError) as error:
         raise NucleiNetError(f"the card in {path} describes no network that can be built ({error})") from error
     network.load_state_dict(NUCLEI_FILE.fit(tensors, _floats(network), str(path)), strict=False)

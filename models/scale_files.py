@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,9 @@ from torch import Tensor
 
 from wsi_engine.models.cards import CardFile
 from wsi_engine.models.scale_attention import SCALES_MPP, ScaleAttention, ScaleAttentionError, ScaleAttentionSettings
+
+_MOST_CHANNELS = 1 << 16
+_MOST_BLOCKS = 1000
 
 SCALE_FILE = CardFile(
     what="a scale-attention network",
@@ -71,9 +75,21 @@ def load_scale_attention(path: str | os.PathLike[str]) -> tuple[ScaleAttention, 
         settings = ScaleAttentionSettings(card["width"], tuple(card["dilations"]), card["sharpness"], card["share"])
     except ScaleAttentionError as error:
         raise ScaleAttentionError(f"the card in {source} is damaged ({error}); train again") from error
+    _check_sizes(settings, state, source)
     network = ScaleAttention(settings, seed=0)
     network.load_state_dict(SCALE_FILE.fit(state, _tensors(network), str(source)), strict=False)
     return network.eval(), card
+
+
+def _check_sizes(settings: ScaleAttentionSettings, state: Mapping[str, Tensor], source: Path) -> None:
+    """Refuse a card that asks for a network of another size than the tensors beside it, before one is built."""
+    held = sum(tensor.numel() for tensor in state.values())
+    wanted = 18 * settings.width**2 * len(settings.dilations)  # two convolutions of 3 × 3 a block
+    if settings.width > _MOST_CHANNELS or len(settings.dilations) > _MOST_BLOCKS or wanted > max(2 * held, 1 << 20):
+        raise ScaleAttentionError(
+            f"the card in {source} is damaged (width {settings.width} and {len(settings.dilations)} blocks beside "
+            f"{held} numbers); train again"
+        )
 
 
 def _tensors(network: ScaleAttention) -> dict[str, Tensor]:

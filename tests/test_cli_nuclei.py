@@ -17,13 +17,16 @@ from typer.testing import CliRunner, Result
 
 from wsi_engine import FeatureStore, errors
 from wsi_engine.cli import console
+from wsi_engine.cli.demo_nuclei import choose_field
 from wsi_engine.cli.nuclei import NucleiDisplay, nuclei
+from wsi_engine.failures import read_failures
 from wsi_engine.lease import hold_lease
 from wsi_engine.nuclei import slides as module
 from wsi_engine.nuclei.keeping import read_nuclei, stored_nuclei
 from wsi_engine.nuclei.segmentation import segment_nuclei
 from wsi_engine.nuclei.slides import NucleiOutputs, NucleiResult, segment_slides
 from wsi_engine.synthetic import SlideSpec, SyntheticSlide, write_slide
+from wsi_engine.tissue import TissueMask
 
 ENDINGS = (".zarr", ".stain.geojson", ".stain.csv", ".stain.json", ".stain.png")
 
@@ -113,7 +116,11 @@ def test_a_bad_slide_does_not_stop_the_others(folder: Path, tmp_path: Path) -> N
     assert result.exit_code == 1
     assert "2 failed, 1 done" in result.stdout
     assert "--allow-dark" in result.stdout
-    assert sorted(path.name for path in out.iterdir()) == ["b.stain.json", "b.stain.labels.tif", "b.zarr"]
+    assert sorted(path.name for path in out.glob("[!.]*")) == ["b.stain.json", "b.stain.labels.tif", "b.zarr"]
+    assert [(one.slide_id, one.job) for one in read_failures(out)] == [
+        ("bad", "nuclei/stain"),
+        ("dark", "nuclei/stain"),
+    ]
 
 
 def test_a_missing_scale_is_said(folder: Path, tmp_path: Path) -> None:
@@ -201,3 +208,13 @@ def test_the_display_shows_slides_and_rates(terminal: bool, monkeypatch: pytest.
     assert "it is [bold] broken" in shown
     assert "tiles/s" in shown
     assert terminal or "[1/2] a[1]: 4/4 tiles" in shown
+
+
+def test_the_demo_looks_where_most_tissue_is() -> None:
+    mask = np.zeros((200, 210), bool)
+    mask[120:190, 30:90] = True
+    mask[5:25, 150:200] = True
+    field = choose_field(TissueMask(mask, 8.0))  # 80 pixels of the raster along a side
+    assert field[120:190, 30:90].all()
+    assert field.sum() == 70 * 60
+    assert np.array_equal(choose_field(TissueMask(mask[:30, 140:], 8.0)), mask[:30, 140:])

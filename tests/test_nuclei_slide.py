@@ -206,12 +206,44 @@ def test_tissue_decides_pixel_by_pixel(picture: Pixels) -> None:
 def test_windows_of_a_method_keep_their_shape() -> None:
     picture = as_picture(blobs((300, 410), 3))
     method = Plain(window_px=128, clean_px=5)
-    found = [segment_nuclei(picture, method, 0.5, tile_px=tile_px) for tile_px in (128, 256)]
+    found = [segment_nuclei(picture, method, 0.5, tile_px=tile_px) for tile_px in (128, 200, 256)]
     assert method.shapes == {(128 + 2 * 8, 128 + 2 * 8)}
-    assert_same(*found)
+    assert_same(*found[:2])
+    assert_same(*found[1:])
     assert_same(found[0], segment_nuclei(picture, Plain(), 0.5))
-    with pytest.raises(errors.SettingsError, match="multiple of 128"):
-        segment_nuclei(picture, method, 0.5, tile_px=200)
+
+
+class Fine(Plain):
+    """The same with maps of twice the resolution."""
+
+    detail = 2
+
+    def foreground(self, windows: Pixels) -> NDArray[np.float32]:
+        return super().foreground(windows).repeat(2, axis=2).repeat(2, axis=3)
+
+
+def test_maps_may_be_finer_than_the_pixels() -> None:
+    picture = as_picture(blobs((300, 410), 3))
+    coarse = segment_nuclei(picture, Plain(), 0.5)
+    tissue = TissueMask(np.ones((10, 13), bool), 8.0)  # part of the picture
+    for tile_px, where in ((64, None), (300, None), (128, tissue)):
+        fine = segment_nuclei(picture, Fine(clean_px=4), 0.5, tile_px=tile_px, tissue=where)
+        plain = coarse if where is None else segment_nuclei(picture, Plain(), 0.5, tissue=where)
+        assert fine.record.method_mpp == 0.25
+        assert np.array_equal(fine.labels(), plain.labels())
+        assert np.array_equal(fine.area, plain.area)
+        assert np.allclose(fine.centroid, plain.centroid)
+        assert np.allclose(fine.measurements["haematoxylin_mean"], plain.measurements["haematoxylin_mean"])
+
+
+def test_few_nuclei_on_much_tissue_are_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    mask = np.zeros((1200, 1200), bool)
+    mask[100:120, 100:120] = True
+    segment_nuclei(as_picture(mask), Plain(), 0.5, tissue=None)
+    assert "only 3 nuclei per mm² of tissue: see whether 0.5 µm per pixel is right" in caplog.text
+    caplog.clear()
+    segment_nuclei(as_picture(mask[:200, :200]), Plain(), 0.5)
+    assert not caplog.text
 
 
 def test_pixels_do_not_depend_on_the_window(picture: Pixels) -> None:
@@ -253,6 +285,8 @@ def test_bad_pictures_are_refused_in_one_sentence(picture: Pixels) -> None:
         segment_nuclei(picture, "stain")
     with pytest.raises(errors.ScaleError, match="nuclei are told up to"):
         segment_nuclei(picture, "stain", 2.0)
+    with pytest.raises(errors.ScaleError, match="finer than any slide scanner"):
+        segment_nuclei(picture, "stain", 0.025)
     with pytest.raises(errors.SettingsError, match="nuclei are told from 32 on"):
         segment_nuclei(picture[:20], "stain", 0.25)
     with pytest.raises(errors.SettingsError, match="there is no method 'none'"):

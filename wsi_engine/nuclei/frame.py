@@ -20,8 +20,9 @@ from wsi_engine.tissue import TissueMask
 LEAST_SIDE = 32
 """Fewest rows and columns, at the method's scale, from which nuclei are told."""
 
-COARSEST_MPP = 1.2
-"""Micrometres per level-0 pixel from which on nuclei cannot be told: they are five pixels wide."""
+FINEST_MPP, COARSEST_MPP = 0.1, 1.2
+"""Micrometres per level-0 pixel between which nuclei are told: no slide is scanned finer, and at coarser ones they are
+five pixels wide."""
 
 _BLOCK = 128
 """Side of the blocks that pixels are resampled in. They lie on a lattice of the slide, so that a pixel comes out to the
@@ -63,6 +64,11 @@ def frame_slide(slide: Slide, mpp: float) -> Frame:
         raise ScaleError(
             f"{slide.path} has {max(slide.mpp):g} µm per pixel at its finest, and nuclei are told up to "
             f"{COARSEST_MPP} µm; check the scale, or scan at a higher power"
+        )
+    if min(slide.mpp) < FINEST_MPP:
+        raise ScaleError(
+            f"{slide.path} is said to have {min(slide.mpp):g} µm per pixel, finer than any slide scanner "
+            f"({FINEST_MPP} µm); pass the true value with --slide-mpp (mpp= in Python)"
         )
     per_px = slide.sampling(mpp).size_level0
     width, height = (math.floor(n / s + _ROUNDING) for n, s in zip(slide.dimensions, per_px, strict=True))

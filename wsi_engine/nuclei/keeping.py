@@ -2,7 +2,7 @@
 
 Layout::
 
-    nuclei/<method>/           attrs record, count, engine_version, complete
+    nuclei/<method>/           attrs record, count, summary, engine_version, complete
     ├── offsets                int64 (M + 1,)
     ├── points                 float32 (P, 2)     level-0 px
     ├── centroid               float64 (M, 2)     level-0 px
@@ -12,6 +12,7 @@ Layout::
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,9 @@ from numpy.typing import NDArray
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from wsi_engine.errors import MismatchError, StoreError
+from wsi_engine.extents import read_array, read_json
 from wsi_engine.nuclei.instances import MEASUREMENTS, InstanceRecord, InstanceSet
-from wsi_engine.store import FeatureStore, features_key, storing
+from wsi_engine.store import EVERY_CHUNK, FeatureStore, features_key, storing
 from wsi_engine.version import __version__
 
 _ROWS = 1 << 17
@@ -51,8 +53,9 @@ def read_nuclei(store: FeatureStore, method: str | None = None) -> InstanceSet:
         wanted = "name one of them" if method is None else f"{method} is not among them"
         raise StoreError(f"{store.path} holds nuclei of {len(there)} methods ({listed}): {wanted}")
     with storing(store.path):
-        group = store.group(f"nuclei/{name}")
-        columns = {column: np.asarray(_array(group, column)[...]) for column in _columns()}
+        group, folder = store.group(f"nuclei/{name}"), Path(store.path) / "nuclei" / name
+        columns = {column: read_array(group, column, folder / column) for column in _columns()}
+        _check_columns(columns)
         record = InstanceRecord.from_json(_attributes(store, name)["record"])
     return InstanceSet(
         offsets=columns.pop("offsets"),
@@ -65,10 +68,22 @@ def read_nuclei(store: FeatureStore, method: str | None = None) -> InstanceSet:
     )
 
 
-def write_nuclei(store: FeatureStore, nuclei: InstanceSet) -> None:
+def summarise_nuclei(store: FeatureStore, method: str | None = None) -> dict[str, Any]:
+    """:meth:`~wsi_engine.nuclei.instances.InstanceSet.summary` of a store's nuclei, mostly without reading them.
+
+    Raises:
+        StoreError: as :func:`read_nuclei`.
+    """
+    there = stored_nuclei(store)
+    name = there[0] if method is None and len(there) == 1 else features_key(method or "")
+    kept = _attributes(store, name).get("summary") if name in there else None
+    return dict(kept) if kept else read_nuclei(store, method).summary()
+
+
+def write_nuclei(store: FeatureStore, nuclei: InstanceSet, check: Callable[[], None] = lambda: None) -> None:
     """Write the nuclei of one method in place of those it gave before; they count only once all are written.
 
-    The caller holds the slide's lease.
+    The caller holds the slide's lease; ``check`` is called before they are marked, and raises where it was lost.
 
     Raises:
         StoreError: the store was opened for reading, or cannot be written.
@@ -87,6 +102,8 @@ def write_nuclei(store: FeatureStore, nuclei: InstanceSet) -> None:
         for name in _columns():
             _write(group, name, arrays[name])
         attributes = {"record": nuclei.record.to_json(), "count": len(nuclei), "engine_version": __version__}
+        attributes |= {"summary": nuclei.summary()}  # a table of thousands of slides need not read every nucleus
+        check()
         group.update_attributes(attributes | {"complete": True})
 
 
@@ -117,22 +134,32 @@ def _write(group: zarr.Group, name: str, values: NDArray[Any]) -> None:
     """One array, a chunk at a time, each with a checksum."""
     chunks = (max(1, min(_ROWS, len(values))), *values.shape[1:])
     codecs = [ZstdCodec(level=3), Crc32cCodec()]
-    array = group.create_array(name, shape=values.shape, dtype=values.dtype, chunks=chunks, compressors=codecs)
+    array = group.create_array(
+        name, shape=values.shape, dtype=values.dtype, chunks=chunks, compressors=codecs, attributes={EVERY_CHUNK: True},
+        config={"write_empty_chunks": True},
+    )  # fmt: skip
     for start in range(0, len(values), chunks[0]):
         array[start : start + chunks[0]] = values[start : start + chunks[0]]
 
 
-def _array(group: zarr.Group, name: str) -> zarr.Array[Any]:
-    array = group[name]
-    assert isinstance(array, zarr.Array)
-    return array
+def _check_columns(columns: dict[str, NDArray[Any]]) -> None:
+    """ValueError where columns are not of one number of nuclei, or contours lie outside of the points."""
+    offsets, points = columns["offsets"], columns["points"]
+    count = len(offsets) - 1
+    shapes = {"offsets": (count + 1,), "points": (len(points), 2), "centroid": (count, 2)}
+    for name, values in columns.items():
+        kind = "i" if name == "offsets" else "f"
+        if values.shape != shapes.get(name, (count,)) or values.dtype.kind != kind:
+            raise ValueError(f"{name} of {count} nuclei has type {values.dtype} and shape {values.shape}")
+    if count < 0 or offsets[0] or offsets[-1] != len(points) or (np.diff(offsets) < 0).any():
+        raise ValueError("contours lie outside of the points")
 
 
 def _attributes(store: FeatureStore, name: str) -> dict[str, Any]:
     """Attributes of a method's group; empty where there is none."""
     with storing(store.path):
         try:
-            text = (Path(store.path) / "nuclei" / name / "zarr.json").read_text(encoding="utf-8")
+            node = read_json(Path(store.path) / "nuclei" / name / "zarr.json")
         except (FileNotFoundError, NotADirectoryError):
             return {}
-        return dict(json.loads(text).get("attributes", {}))
+        return dict(node.get("attributes", {}))

@@ -84,7 +84,7 @@ class ScaleMethod:
         self.margin_px = context_margin(self.network.settings, views)
         self.device = choose_device(device)
         self.precision = choose_precision(precision, self.device)
-        self.network.to(self.device, memory_format=torch.channels_last)
+        self.network.to(self.device).to(memory_format=torch.channels_last)
         if self.device.type == "cpu":
             keep_freed_memory()
         self.reference = _read_look(card.get("normalisation"), weights)

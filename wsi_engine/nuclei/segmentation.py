@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import logging
 import os
-import threading
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from queue import Queue
 from typing import Literal, Protocol, TypeAlias
 
 import numpy as np
@@ -23,9 +21,10 @@ from wsi_engine.grid import tissue_settings
 from wsi_engine.nuclei.frame import Frame, FrameReader, TissueRaster, frame_slide
 from wsi_engine.nuclei.instances import InstanceRecord, InstanceSet, assemble_instances
 from wsi_engine.nuclei.method import NucleiMethod, create_method
+from wsi_engine.nuclei.postprocessing import PostProcessing
 from wsi_engine.nuclei.seams import LARGEST_PX, SeamJoiner
-from wsi_engine.nuclei.sheets import NucleiChunk, SheetSplitter
-from wsi_engine.nuclei.windows import WindowMaps, WindowPlan
+from wsi_engine.nuclei.sheets import SheetSplitter
+from wsi_engine.nuclei.windows import WindowPlan
 from wsi_engine.slide import Slide, open_slide
 from wsi_engine.tissue import TissueMask, TissueSettings, detect_tissue
 
@@ -42,8 +41,8 @@ SAMPLES, SAMPLE_PX = 64, 256
 DARK = 70
 """Median of the brightest channel, over the samples, below which a slide is taken for fluorescence."""
 
-_WINDOWS_BEHIND = 2
-"""Tiles of masks and maps that may wait for the post-processing before the method waits for it too."""
+SPARSE, SPARSE_MM2 = 150, 0.05
+"""Nuclei per mm² of tissue, of at least so many mm², below which the scale may be wrong: a warning is given."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,8 @@ class NucleiSettings:
     """How a slide is gone through; none of it changes the nuclei but ``tissue`` and ``largest_px``.
 
     Attributes:
-        tile_px: side of what is read and put through the method at a time, in pixels of the method's scale.
+        tile_px: side of what is read and put through the method at a time, in pixels of the method's scale; rounded up
+            to whole windows of a method with a network (512 pixels for the student).
         tissue: ``"otsu"`` looks at tissue alone, None at everything, ``"auto"`` at everything up to
             :data:`WHOLE_MM2` and else at tissue; settings or a mask of one's own can be given.
         allow_dark: take slides that look like fluorescence.
@@ -114,7 +114,7 @@ def segment_nuclei(
         mpp: micrometres per level-0 pixel, for pictures, and for slides whose header has none or a wrong one.
         weights: a file of weights for a method that has some; None for those that come with the engine.
         device: where networks run: ``auto``, ``cpu``, ``cuda``, ``cuda:1``.
-        tile_px: side of the tiles, in pixels of the method's scale.
+        tile_px: side of the tiles, in pixels of the method's scale; see :class:`NucleiSettings`.
         tissue: where to look; see :class:`NucleiSettings`.
         allow_dark: take slides that look like fluorescence, which the methods are not made for.
         workers: reading threads.
@@ -189,7 +189,7 @@ class PreparedSlide:
         if progress:
             progress.slide_started(self.record.slide, len(self._plan), 0)
         joiner = SeamJoiner(self._plan.keys, self._plan.side * self._method.detail, self._settings.largest_px)
-        with _PostProcessing(joiner, SheetSplitter(fitted, self._method.gap_px)) as behind:
+        with PostProcessing(joiner, SheetSplitter(fitted, self._method.gap_px)) as behind:
             for windows in self._plan.stream(fitted, self._settings.workers):
                 behind.take(windows)
                 if progress:
@@ -201,7 +201,17 @@ class PreparedSlide:
             )  # fmt: skip
         found = {"fitted": fitted.to_json(), "cut_components": joiner.cut}
         record = InstanceRecord(**{**vars(self.record), **found})
-        return assemble_instances(behind.chunks, self._per_px, record)
+        nuclei = assemble_instances(behind.chunks, self._per_px, record)
+        self._warn_of_few(nuclei)
+        return nuclei
+
+    def _warn_of_few(self, nuclei: InstanceSet) -> None:
+        area = self.record.tissue_mm2
+        if area >= SPARSE_MM2 and len(nuclei) < SPARSE * area:
+            log.warning(
+                "%s: only %.0f nuclei per mm² of tissue: see whether %g µm per pixel is right, and the stain H&E",
+                self._slide.path, len(nuclei) / area, self._slide.mpp[0],
+            )  # fmt: skip
 
     def _refuse_dark(self, samples: Sequence[NDArray[np.uint8]]) -> None:
         brightest = np.concatenate([sample.max(axis=2).ravel() for sample in samples])
@@ -210,55 +220,6 @@ class PreparedSlide:
                 f"{self._slide.path} is dark like fluorescence, and nuclei are looked for in stained tissue on a "
                 "bright ground; pass --allow-dark (allow_dark=True) to try all the same"
             )
-
-
-class _PostProcessing:
-    """A thread that makes nuclei of windows, beside the method."""
-
-    def __init__(self, joiner: SeamJoiner, splitter: SheetSplitter) -> None:
-        self._joiner, self._splitter = joiner, splitter
-        self._queue: Queue[list[WindowMaps] | None] = Queue(_WINDOWS_BEHIND)
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name="nuclei", daemon=True)
-        self.chunks: list[NucleiChunk] = []
-
-    def take(self, windows: list[WindowMaps]) -> None:
-        """Hand windows over; waits while too many are waiting, and raises what went wrong."""
-        if self._error:
-            raise self._error
-        self._queue.put(windows)
-
-    def __enter__(self) -> _PostProcessing:
-        self._thread.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if kind is not None:
-            self._error = self._error or error  # what is waiting is not worked on any more
-        self._queue.put(None)
-        self._thread.join()
-        if kind is None and self._error:
-            raise self._error
-
-    def _run(self) -> None:
-        while (windows := self._queue.get()) is not None:
-            if self._error:
-                continue
-            try:
-                for window in windows:
-                    for pieces in self._joiner.add(window):
-                        self._keep(self._splitter.add(pieces))
-            except BaseException as error:
-                self._error = error
-        if not self._error:
-            try:
-                self._keep(self._splitter.flush())
-            except BaseException as error:
-                self._error = error
-
-    def _keep(self, chunk: NucleiChunk | None) -> None:
-        if chunk is not None and len(chunk):
-            self.chunks.append(chunk)
 
 
 def _find_tissue(slide: Slide, frame: Frame, choice: TissueOption) -> TissueMask | None:

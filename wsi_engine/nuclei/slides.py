@@ -16,9 +16,11 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
+from wsi_engine.cluster.session import Cluster, open_session
 from wsi_engine.errors import BusyError, InputError, SettingsError, StoreError, WsiError
-from wsi_engine.inputs import SlideSource, find_slides
-from wsi_engine.lease import hold_lease
+from wsi_engine.failures import record_outcome
+from wsi_engine.inputs import SlideInput, SlideSource, find_slides
+from wsi_engine.lease import Lease, hold_lease
 from wsi_engine.nuclei.instances import InstanceSet
 from wsi_engine.nuclei.keeping import check_nuclei, read_nuclei, write_nuclei
 from wsi_engine.nuclei.method import NucleiMethod, create_method
@@ -107,7 +109,7 @@ class NucleiProgress(TileProgress, Protocol):
 
 
 def segment_slides(
-    slides: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
+    slides: SlideInput | Iterable[SlideInput],
     out: str | os.PathLike[str],
     model: str | os.PathLike[str] | NucleiMethod = "builtin",
     *,
@@ -118,6 +120,7 @@ def segment_slides(
     outputs: NucleiOutputs | None = None,
     reader: str = "auto",
     progress: NucleiProgress | None = None,
+    cluster: Cluster | None = None,
 ) -> NucleiReport:
     """Find the nuclei of slides and pictures, and write them into ``out``.
 
@@ -135,32 +138,59 @@ def segment_slides(
         settings: how slides are gone through.
         outputs: which files are written.
         reader: ``auto`` or one reader's name.
-        progress: told how the run goes.
+        progress: told how the run goes; on a cluster of several slides at a time.
+        cluster: as in :func:`~wsi_engine.extraction.extract`; the method is given by its name or file then.
 
     Raises:
         InputError: the list of slides cannot be used, or ``out`` cannot be written.
+        ClusterError: the cluster cannot be reached or started, or went away for too long.
         SettingsError: a setting is out of range, or the method is unknown.
         ModelError: the weights are missing, damaged or of another model.
         EncoderError: there is no such device.
     """
-    named = [slides] if isinstance(slides, str | os.PathLike) else slides
+    named = [slides] if isinstance(slides, str | os.PathLike | SlideSource) else slides
     sources = find_slides(named, slide_mpp)
-    method: NucleiMethod = create_method(model, weights, device)
-    folder = Path(out)
+    method: NucleiMethod | None = create_method(model, weights, device) if cluster is None else None
+    folder, settings, outputs = Path(out), settings or NucleiSettings(), outputs or NucleiOutputs()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"cannot make the folder {out}: {error.strerror or error}") from error
+    if cluster is not None:
+        from wsi_engine.nuclei.distribution import MethodPlan, segment_on_cluster  # noqa: PLC0415 - it needs this module
+
+        plan = MethodPlan.of(model, weights, device)
+        with open_session(cluster) as session:
+            return segment_on_cluster(sources, folder, plan, settings, outputs, reader, session, progress)
+    assert method is not None
     if progress:
         progress.run_started(len(sources))
     begun = time.perf_counter()
     results = []
     for source in sources:
-        job = _Job(source, folder, method, settings or NucleiSettings(), outputs or NucleiOutputs(), reader)
-        results.append(job.run(progress))
+        results.append(segment_source(source, folder, method, settings, outputs, reader, progress))
+        record_outcome(folder, source.slide_id, nuclei_job(method.name), results[-1].status, results[-1].message)
         if progress:
             progress.slide_finished(results[-1])
     return NucleiReport(method.name, tuple(results), time.perf_counter() - begun)
+
+
+def segment_source(
+    source: SlideSource,
+    out: Path,
+    method: NucleiMethod,
+    settings: NucleiSettings,
+    outputs: NucleiOutputs,
+    reader: str = "auto",
+    progress: TileProgress | None = None,
+) -> NucleiResult:
+    """The nuclei of one slide, as in :func:`segment_slides`; what goes wrong is in the result."""
+    return _Job(source, out, method, settings, outputs, reader).run(progress)
+
+
+def nuclei_job(method: str) -> str:
+    """What the nuclei of a method are called where jobs are told apart: their place in a store."""
+    return f"nuclei/{features_key(method)}"
 
 
 @dataclass
@@ -181,14 +211,14 @@ class _Job:
         try:
             with (
                 open_slide(source.path, source.mpp, self.reader) as slide,
-                hold_lease(self._path(".lease", hidden=True)),
+                hold_lease(self._path(".lease", hidden=True), nuclei_job(self.method.name)) as lease,
             ):
-                return self._run(slide, begun, progress)
+                return self._run(slide, lease, begun, progress)
         except WsiError as error:
             status: Status = "busy" if isinstance(error, BusyError) else "failed"
             return NucleiResult(source.slide_id, source.path, status, str(error), seconds=time.perf_counter() - begun)
 
-    def _run(self, slide: Slide, begun: float, progress: TileProgress | None) -> NucleiResult:
+    def _run(self, slide: Slide, lease: Lease, begun: float, progress: TileProgress | None) -> NucleiResult:
         record = SlideRecord.of(slide, self.source.slide_id)
         prepared = PreparedSlide(slide, self.method, self.settings, self.source.slide_id)
         path = self._path(".zarr")
@@ -198,9 +228,11 @@ class _Job:
             nuclei = read_nuclei(store, self.method.name)
         else:
             nuclei = prepared.segment(progress)
+            lease.check()
             store = store or FeatureStore.create(path, record)
             self._drop_files()
-            write_nuclei(store, nuclei)
+            write_nuclei(store, nuclei, lease.check)
+        lease.check()
         files = {"store": str(path)} | self._write_files(slide, nuclei)
         empty = nuclei.record.tissue_mm2 == 0
         status: Status = "already complete" if complete else "no tissue" if empty else "done"

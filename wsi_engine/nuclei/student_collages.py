@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from wsi_engine.kernels import dilate, gaussian, measure_regions
+from wsi_engine.kernels.stains import EOSIN, HAEMATOXYLIN
+from wsi_engine.nuclei.student_scenes import add_nuclei
 
 Labels = NDArray[np.int32]
 Floats = NDArray[np.float32]
@@ -30,6 +32,13 @@ _CROWDED = 0.25
 
 _LEAST_LEFT = 0.35
 """Share of a nucleus that must still show; what is covered further is no nucleus that could be told, nor ground."""
+
+
+_LEAST_PX = 8
+"""Pixels of a nucleus that must still show."""
+
+PAINTED_SHARE = 0.5
+"""Share of the collages that get some painted nuclei besides."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,8 +62,8 @@ def cut_nuclei(image: NDArray[np.uint8], labels: Labels, trust: Floats, least_so
     optical = to_optical(image)
     table = measure_regions(labels)
     found = []
-    for number, (top, left, bottom, right), solidity in zip(table.label, table.bbox, table.solidity, strict=True):
-        top, left, bottom, right = top - _MARGIN, left - _MARGIN, bottom + _MARGIN, right + _MARGIN
+    for number, box, solidity in zip(table.label, table.bbox, table.solidity, strict=True):
+        top, left, bottom, right = (int(side) for side in box + np.array((-_MARGIN, -_MARGIN, _MARGIN, _MARGIN)))
         if solidity < least_solidity or min(top, left) < 0 or bottom > labels.shape[0] or right > labels.shape[1]:
             continue
         window = (slice(top, bottom), slice(left, right))
@@ -81,20 +90,25 @@ def lay_collage(
         image: uint8 (H, W, 3).
         labels: int32 (H, W).
         trust: float32 (H, W), 0 … 1, of the labels.
-        cutouts: one or more, of the same image.
+        cutouts: of the same image.
         count: how many to lay.
 
     Returns:
         image, labels and trust with them; the arguments are left alone.
     """
+    before = labels
     optical, labels, trust = to_optical(image), labels.copy(), trust.copy()
+    if rng.random() < PAINTED_SHARE:
+        optical = _add_painted(rng, optical, labels, trust, 1 + count // 3)
     ground = np.median(optical[labels == 0], axis=0) if (labels == 0).any() else np.zeros(3, np.float32)
-    sizes = np.bincount(labels.ravel())
+    sizes = np.bincount(before.ravel())
     table = measure_regions(labels)
-    anchors = [(float(y), float(x), float(np.sqrt(a / np.pi))) for (y, x), a in zip(table.centroid, table.area)]
+    anchors = [
+        (float(y), float(x), float(np.sqrt(a / np.pi))) for (y, x), a in zip(table.centroid, table.area, strict=True)
+    ]
     number = int(labels.max(initial=0))
     through = float(rng.uniform(0, 0.6))
-    for _ in range(count):
+    for _ in range(count if cutouts else 0):
         cutout = _turn(rng, cutouts[int(rng.integers(len(cutouts)))])
         place = _choose_place(rng, anchors, cutout.radius, labels.shape)
         number += 1
@@ -102,10 +116,26 @@ def lay_collage(
             anchors.append((*place, cutout.radius))
     sizes = np.maximum(np.pad(sizes, (0, number + 1 - len(sizes))), 1)
     left = np.bincount(labels.ravel(), minlength=number + 1)
-    covered = (left[: len(sizes)] < _LEAST_LEFT * sizes) & (np.arange(len(sizes)) > 0)
+    covered = ((left < _LEAST_LEFT * sizes) | (left < _LEAST_PX)) & (np.arange(len(sizes)) > 0)
     hidden = covered[labels]
     labels[hidden], trust[hidden] = 0, 0
     return np.clip(256 * np.exp(-optical) - 0.5, 0, 255).astype(np.uint8), labels, trust
+
+
+def _add_painted(rng: Rng, optical: Floats, labels: Labels, trust: Floats, most: int) -> Floats:
+    """The optical density with painted nuclei upon it, as dark as those that are there; labels and trust follow."""
+    rows = np.array([HAEMATOXYLIN, EOSIN, np.cross(HAEMATOXYLIN, EOSIN)])
+    rows = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+    parts = optical @ np.linalg.inv(rows)  # (H, W, 3) @ (3, 3)
+    old, usual = labels.copy(), np.median(parts[labels > 0], axis=0)
+    parts[..., 1] -= usual[1] * 0.5  # nuclei of the image hold some of the second stain; so will the painted ones
+    for _ in range(int(rng.integers(1, 4))):
+        add_nuclei(rng, parts[..., 0], parts[..., 1], labels, max(float(usual[0]), 0.3), most)
+    parts[..., 1] += usual[1] * 0.5
+    laid = (labels != old) & (labels > 0)
+    trust[dilate(laid, 1)] = np.maximum(trust[dilate(laid, 1)], 0.8)
+    trust[laid] = 1
+    return np.asarray(parts @ rows, dtype=np.float32)
 
 
 def _turn(rng: Rng, cutout: Cutout) -> Cutout:

@@ -32,7 +32,7 @@ def draw_stains(rng: Rng, spread: float = 0.12) -> NDArray[np.float64]:
 def stain_scene(rng: Rng, density: Floats) -> NDArray[np.uint8]:
     """Picture, uint8 (H, W, 3), of concentrations (H, W, 3) under stain vectors, light and exposure drawn at random."""
     stains = draw_stains(rng).astype(np.float32)
-    strength = np.exp(rng.normal(0, 0.25, 3)).astype(np.float32) * np.float32(np.exp(rng.normal(-0.2, 0.25)))
+    strength = np.exp(rng.normal(0, 0.25, 3)).astype(np.float32) * np.float32(np.exp(rng.normal(-0.35, 0.3)))
     optical = (density * strength) @ stains
     if rng.random() < 0.25:  # stain or gelatine all over the glass
         optical += rng.uniform(0, 0.2, 3).astype(np.float32)

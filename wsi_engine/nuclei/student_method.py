@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,9 @@ from wsi_engine.nuclei.method import LARGEST_HOLE_UM2
 from wsi_engine.nuclei.methods import BUILTIN_WEIGHTS
 from wsi_engine.nuclei.student_inference import VIEWS, SplitSettings, StudentPredictor, split_nuclei
 
-WINDOW_PX = 512
-"""Side of the windows without their margin: one shape for all, since a network's rounding hangs on it."""
+WINDOW_PX, LARGE_WINDOW_PX = 512, 1024
+"""Side of the windows without their margin: one shape for all, since a network's rounding hangs on it. The large one is
+for networks whose margin is above a sixth of the small one, so that margins do not take most of the time."""
 
 _CUDA_WINDOWS = 8
 """Windows that a GPU takes at a time, always so many."""
@@ -57,7 +59,6 @@ class StudentMethod:
     name = "student"
     detail = 2
     clean_px = 0
-    window_px: int | None = WINDOW_PX
 
     def __init__(
         self,
@@ -76,6 +77,7 @@ class StudentMethod:
         self.predictor = StudentPredictor(network, choose_device(device), precision, views)
         stride, enlarging = network.stride, 1
         self.margin_px = -(-(network.reach + enlarging) // stride) * stride
+        self.window_px: int | None = WINDOW_PX if 6 * self.margin_px <= WINDOW_PX else LARGE_WINDOW_PX
         self.gap_px = 1 + int(_REACH * self.settings.sigma_um / self.fine_mpp + 0.5)
         self._weights = hashlib.sha256(path.read_bytes()).hexdigest()
 
@@ -107,17 +109,12 @@ class FittedStudent:
 
     def foreground(self, windows: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Probability and depth: uint8 (N, h + 2 m, w + 2 m, 3) to float32 (N, 2, 2 h, 2 w), about 0 … 1."""
-        predictor, margin = self.method.predictor, self.method.margin_px
-        size = _CUDA_WINDOWS if predictor.device.type == "cuda" else 1
-        parts = []
-        with torch.inference_mode():
-            for start in range(0, len(windows), size):
-                some = windows[start : start + size]
-                filled = np.concatenate([some, np.zeros((size - len(some), *some.shape[1:]), np.uint8)])
-                pixels = torch.from_numpy(filled).to(predictor.device).permute(0, 3, 1, 2)
-                maps = average_views(predictor, pixels)[: len(some)]
-                parts.append(_enlarge(maps, margin, self.method.detail).cpu().numpy())
-        return np.concatenate(parts)
+        predictor, method = self.method.predictor, self.method
+        if predictor.device.type == "cpu":
+            maps = _map_on_cpu(predictor, windows)
+        else:
+            maps = _map_in_batches(predictor, windows)
+        return np.concatenate([_enlarge(some, method.margin_px, method.detail).cpu().numpy() for some in maps])
 
     def mask(self, maps: NDArray[np.float32]) -> NDArray[np.bool_]:
         """Where the probability is above the threshold."""
@@ -142,26 +139,57 @@ class FittedStudent:
         return {"device": predictor.device.type, "precision": str(predictor.precision)}
 
 
-def average_views(predictor: StudentPredictor, pixels: Tensor) -> Tensor:
-    """Probability and depth, the mean over the predictor's views, each turned back.
+def _map_in_batches(predictor: StudentPredictor, windows: NDArray[np.uint8]) -> list[Tensor]:
+    """Maps of windows, batches of one size at a time."""
+    out = []
+    for start in range(0, len(windows), _CUDA_WINDOWS):
+        some = windows[start : start + _CUDA_WINDOWS]
+        filled = np.concatenate([some, np.zeros((_CUDA_WINDOWS - len(some), *some.shape[1:]), np.uint8)])
+        pixels = torch.from_numpy(filled).permute(0, 3, 1, 2).to(predictor.device)
+        out.append(average_views([view_maps(predictor, pixels, view) for view in range(predictor.views)])[: len(some)])
+    return out
+
+
+def _map_on_cpu(predictor: StudentPredictor, windows: NDArray[np.uint8]) -> list[Tensor]:
+    """Maps of windows, each view by one thread: threads that share a convolution wait for each other at every layer."""
+    threads, views = torch.get_num_threads(), predictor.views
+    pixels = [torch.from_numpy(window).permute(2, 0, 1)[None] for window in windows]
+    tasks = [(one, view) for one in pixels for view in range(views)]
+    try:
+        with ThreadPoolExecutor(min(threads, len(tasks)), "nuclei-maps", torch.set_num_threads, (1,)) as pool:
+            maps = list(pool.map(lambda task: view_maps(predictor, *task), tasks))
+    finally:
+        torch.set_num_threads(threads)  # the number holds for threads to come as well
+    return [average_views(maps[start : start + views]) for start in range(0, len(maps), views)]
+
+
+@torch.inference_mode()
+def view_maps(predictor: StudentPredictor, pixels: Tensor, view: int) -> Tensor:
+    """Probability and depth from one turned view, turned back.
 
     Args:
         predictor: of the student.
         pixels: uint8 (B, 3, S, S) on its device, S a multiple of the network's stride.
+        view: 0–7: quarter turns, from 4 on of the mirror image.
 
     Returns:
         float32 (B, 2, S, S).
     """
-    total = torch.zeros(len(pixels), 2, *pixels.shape[2:], device=pixels.device)
-    for view in range(predictor.views):
-        turned = torch.rot90(pixels, view % 4, (2, 3))
-        turned = turned.flip(3) if view >= 4 else turned
-        with arithmetic(predictor.precision, predictor.device):
-            out = predictor.network(turned.float().contiguous(memory_format=torch.channels_last)).float()
-        out = out.flip(3) if view >= 4 else out
-        out = torch.rot90(out, -(view % 4), (2, 3))
-        total += torch.cat([torch.sigmoid(out[:, :1]), out[:, 1:]], dim=1)
-    return total / predictor.views
+    turned = torch.rot90(pixels, view % 4, (2, 3))
+    turned = turned.flip(3) if view >= 4 else turned
+    with arithmetic(predictor.precision, predictor.device):
+        out = predictor.network(turned.float().contiguous(memory_format=torch.channels_last)).float()
+    out = out.flip(3) if view >= 4 else out
+    out = torch.rot90(out, -(view % 4), (2, 3))
+    return torch.cat([torch.sigmoid(out[:, :1]), out[:, 1:]], dim=1)
+
+
+def average_views(maps: Sequence[Tensor]) -> Tensor:
+    """Mean of the maps of several views, added up in their order."""
+    total = torch.zeros_like(maps[0])
+    for one in maps:
+        total = total + one
+    return total / len(maps)
 
 
 def _enlarge(maps: Tensor, margin: int, detail: int) -> Tensor:

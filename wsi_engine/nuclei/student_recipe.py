@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from wsi_engine.errors import InputError
-from wsi_engine.models.nuclei_net import NucleiNet, save_nuclei_net
+from wsi_engine.models.nuclei_net import NucleiNet, load_nuclei_net, save_nuclei_net
 from wsi_engine.nuclei.student_scenes import SCENE_MPP
 from wsi_engine.nuclei.student_training import StudentTrainingSettings, TrainingImage, train_student
 from wsi_engine.slide import open_slide
@@ -67,6 +67,11 @@ def _read_file(path: Path, mpp: float | None) -> Iterator[TrainingImage]:
                     yield TrainingImage(pixels, SCENE_MPP, name=f"{path.name} {left},{top}")
 
 
+def stage_file(out: Path, stage: int) -> Path:
+    """Where the network of a stage is kept: beside the file of the weights."""
+    return out.with_suffix(f".stage{stage}.safetensors")
+
+
 def main() -> None:
     """Train and write the weights."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -77,15 +82,18 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="sums differ in their last bits with their number")
     parser.add_argument("--licence", default="Apache-2.0", help="of the weights; the strictest of the sources'")
     parser.add_argument("--stages", action="store_true", help="keep the network of every stage beside OUT")
+    parser.add_argument("--done", type=int, default=-1, help="go on after this stage, kept by --stages before")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     settings = StudentTrainingSettings(seed=options.seed, device=options.device)
     images = [image for source in options.sources for image in read_source(source)]
 
     def keep(stage: int, network: NucleiNet) -> None:
-        save_nuclei_net(network, options.out.with_suffix(f".stage{stage}.safetensors"), SCENE_MPP)
+        if options.stages:
+            save_nuclei_net(network, stage_file(options.out, stage), SCENE_MPP)
 
-    network = train_student(images, settings, lambda line: print(line, flush=True), keep if options.stages else None)
+    done = (options.done, load_nuclei_net(stage_file(options.out, options.done))[0]) if options.done >= 0 else None
+    network = train_student(images, settings, lambda line: print(line, flush=True), keep, done)
     card = {
         "licence": options.licence,
         "summary": "foreground and depth of nuclei in H&E tissue, trained without labels",

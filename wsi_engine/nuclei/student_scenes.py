@@ -10,7 +10,7 @@ J. Tobin et al., "Domain randomization", IROS 2017.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,9 @@ from scipy import ndimage
 
 Floats = NDArray[np.float32]
 Rng = np.random.Generator
+
+_RIMS = (0.5, 0.7, 0.9, 1.2, 1.6, 2.4)
+"""Widths in pixels over which the stain of a nucleus fades: most lie in the focal plane, some do not."""
 
 SCENE_MPP = 0.5
 """Micrometres per pixel of a scene."""
@@ -55,6 +58,8 @@ def paint_scene(rng: Rng, side: int) -> Scene:
     haematoxylin, eosin, third = _paint_ground(rng, side)
     labels = np.zeros((side, side), np.int32)
     _scatter_decoys(rng, haematoxylin, eosin, third)
+    if rng.random() < 0.45:
+        _open_vacuoles(rng, haematoxylin, eosin)
     kinds = [_draw_kind(rng) for _ in range(int(rng.integers(1, 4)))]
     regions = _noise(rng, side, float(rng.uniform(12, 40)))
     flow = _noise(rng, side, float(rng.uniform(15, 60))) * float(rng.uniform(0.2, 1.5)) + float(rng.uniform(0, np.pi))
@@ -63,12 +68,32 @@ def paint_scene(rng: Rng, side: int) -> Scene:
     order = [(kind, y, x) for kind in range(len(kinds)) for y, x in _places(rng, kinds[kind], which == kind)]
     if rng.random() < 0.6:
         _paint_cells(rng, order, kinds, haematoxylin, eosin)
+    halo = float(rng.uniform(0, 0.4)) if rng.random() < 0.5 else 0.0
     for count, row in enumerate(rng.permutation(len(order)), start=1):
         kind, y, x = order[row]
         angle = float(flow[int(y), int(x)] + rng.normal(0, 0.35))
-        _paint_nucleus(rng, kinds[kind], (y, x, angle), count, haematoxylin, eosin, labels)
+        _paint_nucleus(rng, kinds[kind], (y, x, angle), count, haematoxylin, eosin, labels, halo)
     density = np.stack([haematoxylin, eosin, third], axis=-1)
     return Scene(np.maximum(density, 0).astype(np.float32), _drop_slivers(labels))
+
+
+def add_nuclei(
+    rng: Rng, haematoxylin: Floats, eosin: Floats, labels: NDArray[np.int32], level: float, most: int
+) -> None:
+    """Paint up to ``most`` nuclei of one kind over a ground (H, W) that is there, and label them from the greatest on.
+
+    ``level``: haematoxylin of the usual nucleus of that ground, which those of a scene have at about 0.75.
+    """
+    kind = _draw_kind(rng)
+    kind = replace(kind, depth=kind.depth * level / 0.75)
+    height, width = labels.shape
+    y, x = rng.uniform(0, height), rng.uniform(0, width)
+    spread = 2 * kind.radius / SCENE_MPP * np.sqrt(most) * float(rng.uniform(0.4, 1.5))
+    direction, number = float(rng.uniform(0, np.pi)), int(labels.max(initial=0))
+    for one in range(1, most + 1):
+        place = (y + float(rng.normal(0, spread)), x + float(rng.normal(0, spread)), direction + rng.normal(0, 0.35))
+        if 0 <= place[0] < height and 0 <= place[1] < width:
+            _paint_nucleus(rng, kind, place, number + one, haematoxylin, eosin, labels, 0.1)
 
 
 def _noise(rng: Rng, side: int, sigma: float, stretch: float = 1.0) -> Floats:
@@ -95,7 +120,9 @@ def _paint_ground(rng: Rng, side: int) -> tuple[Floats, Floats, Floats]:
     eosin = eosin_level * (1 + 0.35 * _noise(rng, side, float(rng.uniform(6, 30)))) + eosin_grain * fibres
     common = _noise(rng, side, float(rng.uniform(2, 12)))
     basic = basic_level * (1 + 0.3 * _noise(rng, side, float(rng.uniform(8, 40)))) + basic_grain * common
-    basic += float(rng.uniform(0, 0.05)) * _noise(rng, side, float(rng.uniform(0.6, 1.5)))
+    fine = _noise(rng, side, float(rng.uniform(0.6, 1.5)))
+    basic += float(rng.uniform(0, 0.05)) * fine
+    eosin += float(rng.uniform(0, 0.1)) * fine
     third = float(rng.uniform(0, 0.04)) * _noise(rng, side, 4.0)
     if rng.random() < 0.65:
         field = _noise(rng, side, float(rng.uniform(3, 25))) + 0.3 * _noise(rng, side, 2.0)
@@ -116,7 +143,7 @@ def _scatter_decoys(rng: Rng, haematoxylin: Floats, eosin: Floats, third: Floats
             _stamp(eosin, rng, float(rng.uniform(2.2, 4.0)), level * float(rng.uniform(0.7, 1.3)), 1.3, 0.5)
     if rng.random() < 0.4:
         for _ in range(rng.poisson(4 * area)):
-            _stamp(haematoxylin, rng, float(rng.uniform(2, 7)), float(rng.uniform(0.05, 0.3)), 2.0, 5.0)
+            _stamp(haematoxylin, rng, float(rng.uniform(2, 7)), float(rng.uniform(0.04, 0.2)), 2.0, 5.0)
     if rng.random() < 0.4:
         for _ in range(rng.poisson(8 * area)):
             _stamp(haematoxylin, rng, float(rng.uniform(0.4, 1.0)), float(rng.uniform(0.1, 0.8)), 1.5, 0.5)
@@ -127,6 +154,23 @@ def _scatter_decoys(rng: Rng, haematoxylin: Floats, eosin: Floats, third: Floats
     if rng.random() < 0.1:
         for _ in range(rng.poisson(5 * area)):
             _stamp(third, rng, float(rng.uniform(0.5, 4)), float(rng.uniform(0.3, 1.0)), 2.0, 1.0)
+
+
+def _open_vacuoles(rng: Rng, haematoxylin: Floats, eosin: Floats) -> None:
+    """Empty round holes with a sharp rim: fat, foam, mucus, torn cells."""
+    side = len(eosin)
+    usual, rim = float(np.exp(rng.uniform(np.log(1.0), np.log(10.0)))), float(rng.uniform(-0.1, 0.4))
+    share = float(rng.uniform(0.02, 0.5))
+    emptied = float(rng.uniform(0.6, 1.0))
+    for _ in range(min(600, int(share * (side * SCENE_MPP) ** 2 / (np.pi * usual**2)) + 1)):
+        radius = usual * float(np.exp(rng.normal(0, 0.35))) / SCENE_MPP
+        shape = (radius, float(rng.uniform(1, 1.6)), float(rng.uniform(0, np.pi)))
+        window, depth, _ = _body(rng, tuple(rng.uniform(0, side, 2)), shape, side, margin=2.0, bumps=0.12)
+        if window is None:
+            continue
+        inside = emptied / (1 + np.exp(-np.clip(4 * depth, -30, 30)))
+        haematoxylin[window] *= 1 - inside
+        eosin[window] = eosin[window] * (1 - inside) + rim * np.exp(-((depth + 0.5) ** 2))
 
 
 def _stamp(layer: Floats, rng: Rng, radius_um: float, level: float, elongation: float, soft: float) -> None:
@@ -211,7 +255,13 @@ def _paint_cells(
 
 
 def _body(
-    rng: Rng, centre: tuple[float, float], shape: tuple[float, float, float], side: int, *, margin: float, bumps: float
+    rng: Rng,
+    centre: tuple[float, float],
+    shape: tuple[float, float, float],
+    size: int | tuple[int, ...],
+    *,
+    margin: float,
+    bumps: float,
 ) -> tuple[tuple[slice, slice] | None, Floats, Floats]:
     """Window of a lumpy ellipse, the depth of each pixel below its outline in pixels, and its share of the radius.
 
@@ -221,7 +271,8 @@ def _body(
     long, short = radius * np.sqrt(elongation), radius / np.sqrt(elongation)
     reach = int(long * 1.25 + 2 * margin + 2)
     top, left = int(centre[0]) - reach, int(centre[1]) - reach
-    window = (slice(max(top, 0), min(top + 2 * reach, side)), slice(max(left, 0), min(left + 2 * reach, side)))
+    height, width = (size, size) if isinstance(size, int) else size
+    window = (slice(max(top, 0), min(top + 2 * reach, height)), slice(max(left, 0), min(left + 2 * reach, width)))
     empty = np.zeros((0, 0), np.float32)
     if window[0].stop <= window[0].start or window[1].stop <= window[1].start:
         return None, empty, empty
@@ -248,19 +299,20 @@ def _paint_nucleus(
     haematoxylin: Floats,
     eosin: Floats,
     labels: NDArray[np.int32],
+    halo_share: float,
 ) -> None:
     """Paint one nucleus over what is there, with its halo, chromatin and nucleoli, and label it."""
     radius = kind.radius * float(np.exp(rng.normal(0, kind.spread))) / SCENE_MPP
     elongation = max(1.0, 1 + (kind.elongation - 1) * float(rng.uniform(0.3, 1.5)))
     bumps = float(rng.uniform(0.02, 0.16))
-    window, depth, share = _body(rng, place[:2], (radius, elongation, place[2]), len(labels), margin=3.0, bumps=bumps)
+    window, depth, share = _body(rng, place[:2], (radius, elongation, place[2]), labels.shape, margin=3.0, bumps=bumps)
     if window is None:
         return
-    cover = 1 / (1 + np.exp(-np.clip(4 * depth / float(rng.uniform(0.5, 1.6)), -30, 30)))
+    cover = 1 / (1 + np.exp(-np.clip(4 * depth / _RIMS[int(rng.integers(len(_RIMS)))], -30, 30)))
     level = max(0.14, kind.depth * float(np.exp(rng.normal(0, 0.2))))
     stain = level * _chromatin(rng, kind, depth, share)
-    if rng.random() < 0.25:  # retraction: a bright halo
-        halo = np.exp(-(((depth + 1.5) / 1.5) ** 2)) * float(rng.uniform(0.2, 0.9))
+    if rng.random() < halo_share:  # retraction: a bright halo
+        halo = np.exp(-(((depth + 1.2) / float(rng.uniform(0.7, 2.0))) ** 2)) * float(rng.uniform(0.2, 0.9))
         haematoxylin[window] *= 1 - halo
         eosin[window] *= 1 - halo
     through = float(rng.uniform(0.0, 0.7))  # how much of what lies below shows
@@ -271,7 +323,8 @@ def _paint_nucleus(
 
 def _chromatin(rng: Rng, kind: _Kind, depth: Floats, share: Floats) -> Floats:
     """Stain within a nucleus relative to its level: grain, a pale inside with a rim, nucleoli."""
-    grain = ndimage.gaussian_filter(rng.standard_normal(depth.shape).astype(np.float32), float(rng.uniform(0.5, 1.3)))
+    white = rng.standard_normal(depth.shape).astype(np.float32)
+    grain = ndimage.gaussian_filter(white, float(rng.uniform(0.5, 2.0)), mode="reflect")
     stain = 1 + kind.grain * grain / (grain.std() + 1e-6)
     pale = kind.vesicular * float(rng.uniform(0.5, 1.0))
     if pale > 0.1:

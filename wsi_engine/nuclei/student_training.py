@@ -66,7 +66,8 @@ class StudentTrainingSettings:
         widths: of the network.
         scenes: painted scenes to draw from.
         side: of a tile in pixels of 0.5 µm.
-        painted, real: tiles of scenes and of images in a batch; in the first stage all are of scenes.
+        batch: tiles in a batch of the first stage, all of scenes.
+        painted, real: tiles of scenes and of images in a batch of a round.
         steps: of the optimiser in the first stage.
         rate: greatest learning rate of the first stage; it rises over 50 steps and falls along a cosine.
         rounds: of self-training.
@@ -76,25 +77,34 @@ class StudentTrainingSettings:
         device: "cpu" or "cuda".
     """
 
-    widths: tuple[int, ...] = (16, 32, 64, 96)
-    scenes: int = 700
-    side: int = 96
-    painted: int = 6
-    real: int = 6
-    steps: int = 900
+    widths: tuple[int, ...] = (16, 32, 64, 128, 128)
+    scenes: int = 1000
+    side: int = 128
+    batch: int = 10
+    painted: int = 2
+    real: int = 4
+    steps: int = 2000
     rate: float = 2e-3
     rounds: tuple[Round, ...] = (
-        Round(900, 1.5e-3, TrustSettings(sure=1.1, unsure=0.6, doubtful=0.1)),
-        Round(1300, 1.5e-3, TrustSettings(sure=0.75, unsure=0.5)),
+        Round(1200, 1.5e-3, TrustSettings(sure=1.1, unsure=0.6, doubtful=0.1), collages=3),
+        Round(1800, 1.5e-3, TrustSettings(sure=0.75, unsure=0.5, least_seen=0.3), collages=4),
     )
-    keep: float = 0.99
+    keep: float = 0.995
     views: int = 2
     scales: tuple[float, ...] = (0.8, 1.0, 1.4)
     seed: int = 1
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        for name, least in (("scenes", 1), ("side", 32), ("painted", 1), ("real", 1), ("steps", 1), ("views", 1)):
+        for name, least in (
+            ("scenes", 1),
+            ("side", 32),
+            ("batch", 1),
+            ("painted", 1),
+            ("real", 1),
+            ("steps", 1),
+            ("views", 1),
+        ):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise SettingsError(f"{name} must be a whole number of at least {least}, not {value!r}")
@@ -125,6 +135,7 @@ def train_student(
     settings: StudentTrainingSettings = StudentTrainingSettings(),
     log: Log | None = None,
     after_stage: Callable[[int, NucleiNet], None] | None = None,
+    done: tuple[int, NucleiNet] | None = None,
 ) -> NucleiNet:
     """Train a student from nothing.
 
@@ -133,6 +144,7 @@ def train_student(
         settings: the recipe.
         log: called with a line of progress every :data:`LOG_STEPS` steps.
         after_stage: called with 0 after the painted stage, then with the number of each round, and the network.
+        done: the last stage that was finished before and its network, to go on from there to the same weights.
 
     Returns:
         the network, in eval mode, on the CPU. The same settings, images and number of threads give the same weights.
@@ -149,14 +161,18 @@ def train_student(
     network.to(memory_format=torch.channels_last)
     scenes = [paint_field(settings.seed, number) for number in range(settings.scenes)]
     say(f"painted {len(scenes)} scenes")
-    both = settings.painted + settings.real
-    batchers = [Batcher(scenes, settings.side, settings.seed)]
-    _optimise(network, batchers, (both,), settings.steps, settings.rate, settings, say)
-    if after_stage:
-        after_stage(0, network)
+    if done is None:
+        batchers = [Batcher(scenes, settings.side, settings.seed)]
+        _optimise(network, batchers, (settings.batch,), settings.steps, settings.rate, settings, say)
+        if after_stage:
+            after_stage(0, network)
+    else:
+        network.load_state_dict(done[1].state_dict())
     tissue = [resample_image(image.pixels, image.mpp, SCENE_MPP) for image in images]
     stained = [label_by_stain(pixels, SCENE_MPP) for pixels in tissue] if settings.rounds else []
     for number, turn in enumerate(settings.rounds if images else (), start=1):
+        if done is not None and number <= done[0]:
+            continue
         predictor = StudentPredictor(network, device, views=settings.views)
         marked = [_label(predictor, *pair, settings.scales, turn.trust) for pair in zip(tissue, stained, strict=True)]
         weights = _draw_weights([labels for labels, _ in marked], images)
@@ -216,7 +232,8 @@ def _lay_fields(
     fields, shares = [], []
     for pixels, (labels, trust), weight in zip(tissue, marked, weights, strict=True):
         cutouts = cut_nuclei(pixels, labels, trust) if collages else []
-        number = collages if len(cutouts) >= LEAST_CUTOUTS else 0
+        cutouts = cutouts if len(cutouts) >= LEAST_CUTOUTS else []
+        number = collages if labels.any() else 0
         fields.append(make_field(pixels, labels, trust))
         shares.append(weight / 2 if number else weight)
         for _ in range(number):
@@ -254,7 +271,8 @@ def _optimise(
         if (step + 1) % LOG_STEPS == 0 or step + 1 == steps:
             say(f"step {step + 1} of {steps}, mean loss {sum(recent) / len(recent):.4f}")
             recent.clear()
-    network.load_state_dict(mean)
+    rounded = {name: one.half().float() if one.is_floating_point() else one for name, one in mean.items()}
+    network.load_state_dict(rounded)  # as they are kept in files, so that a stage can go on from its file
     network.eval()
 
 

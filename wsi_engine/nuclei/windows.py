@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from wsi_engine.errors import SettingsError
 from wsi_engine.nuclei.frame import FrameReader, TissueRaster
 from wsi_engine.nuclei.method import FittedMethod, NucleiMethod
 
@@ -52,19 +51,13 @@ class _Tile:
 class WindowPlan:
     """The tiles of a frame that have tissue, in rows from the top, and the windows in them.
 
-    A window is a whole tile, or a square of the method's ``window_px`` where it asks for such.
-
-    Raises:
-        SettingsError: ``tile_px`` does not suit the method.
+    A window is a whole tile, or a square of the method's ``window_px`` where it asks for such; the side of the tiles,
+    ``tile_px``, is then rounded up to whole windows.
     """
 
     def __init__(self, reader: FrameReader, raster: TissueRaster, method: NucleiMethod, tile_px: int) -> None:
-        side = method.window_px or tile_px
-        if not 64 <= tile_px <= 8192:
-            raise SettingsError(f"--tile-px must be within 64–8192 pixels, not {tile_px}")
-        if tile_px % side:
-            raise SettingsError(f"--tile-px must be a multiple of {side} for the method {method.name}, not {tile_px}")
-        self.side = side
+        self.side = side = method.window_px or tile_px
+        tile_px = -(-tile_px // side) * side
         self._reader, self._raster, self._method = reader, raster, method
         frame = reader.frame
         corners = itertools.product(range(0, frame.height, tile_px), range(0, frame.width, tile_px))
