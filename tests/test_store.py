@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,8 +13,7 @@ import zarr
 
 from wsi_engine import FeatureStore, TileGrid, TissueMask
 from wsi_engine.encoders.base import EncoderCard
-from wsi_engine.errors import BusyError, FeatureError, MismatchError, StoreError
-from wsi_engine.lease import hold_lease
+from wsi_engine.errors import FeatureError, MismatchError, StoreError
 from wsi_engine.store import SlideRecord, features_key
 from wsi_engine.tissue import FilterCount
 from wsi_engine.writer import FeatureIdentity, FeatureWriter
@@ -280,58 +276,3 @@ def test_names_are_asked_for_when_there_are_several(tmp_path: Path, features: np
         store.features()
     with pytest.raises(StoreError, match="not there"):
         store.features("three")
-
-
-def test_lease_keeps_others_out(tmp_path: Path) -> None:
-    path = tmp_path / ".a.lease"
-    with hold_lease(path):
-        with pytest.raises(BusyError, match=f"process {os.getpid()}"), hold_lease(path):
-            pass
-        assert path.exists()  # the refused one did not take it away
-    assert os.listdir(tmp_path) == []
-
-
-def test_lease_of_a_killed_process_is_taken_over(tmp_path: Path) -> None:
-    path = tmp_path / ".a.lease"
-    code = (
-        "import os, pathlib, sys; from wsi_engine.lease import hold_lease\n"
-        "with hold_lease(pathlib.Path(sys.argv[1])): os.kill(os.getpid(), 9)"
-    )
-    subprocess.run([sys.executable, "-c", code, str(path)], check=False)
-    assert path.exists()
-    with hold_lease(path):
-        assert json.loads(path.read_text())["pid"] == os.getpid()
-    assert os.listdir(tmp_path) == []
-
-
-def test_lease_of_another_host_is_taken_over_only_when_stale(tmp_path: Path) -> None:
-    path = tmp_path / ".a.lease"
-    path.write_text(json.dumps({"host": "elsewhere", "pid": 1, "started": "x", "token": "t"}))
-    with pytest.raises(BusyError, match="elsewhere"), hold_lease(path):
-        pass
-    os.utime(path, (1, 1))
-    with hold_lease(path):
-        assert json.loads(path.read_text())["host"] != "elsewhere"
-
-
-def test_lease_garbage_is_no_obstacle_once_stale(tmp_path: Path) -> None:
-    path = tmp_path / ".a.lease"
-    path.write_text("{")
-    os.utime(path, (1, 1))
-    with hold_lease(path):
-        pass
-    assert os.listdir(tmp_path) == []
-
-
-def test_lease_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object) -> None:
-        raise OSError(errno.EPERM, "Operation not permitted")
-
-    monkeypatch.setattr("wsi_engine.lease.os.link", refuse)
-    path = tmp_path / ".a.lease"
-    with hold_lease(path), pytest.raises(BusyError, match=f"process {os.getpid()}"), hold_lease(path):
-        pass
-    assert os.listdir(tmp_path) == []
-    path.write_text("")  # made by another process that has not yet written its name
-    with pytest.raises(BusyError, match="just beginning"), hold_lease(path):
-        pass

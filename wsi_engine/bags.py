@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wsi_engine.errors import FeatureError, InputError, ModelError, SettingsError, StoreError
+from wsi_engine.extents import check_extent
 from wsi_engine.runs import FeatureOrigin
 from wsi_engine.shards import ShardLayout, find_bad_tile, parse_metadata
 from wsi_engine.store import FeatureStore, features_key, storing
@@ -212,7 +213,11 @@ class _StoredBag:
             rows, dim = metadata["shape"]
             if dim != origin.dim:
                 raise ValueError(f"its features have {dim} numbers per tile and their encoder gives {origin.dim}")
-            return cls(path, origin.encoder, text, rows, ShardLayout.of(folder, metadata))
+            layout = ShardLayout.of(folder, metadata)
+            if layout is not None:
+                shard = (layout.chunk_rows * layout.shard_chunks, dim)
+                check_extent(folder, (rows, dim), np.dtype(layout.dtype).itemsize, shard)
+            return cls(path, origin.encoder, text, rows, layout)
 
     def load(self) -> NDArray[Any]:
         """Read and check all features (N, D)."""

@@ -12,7 +12,8 @@
     │   ├── MismatchError  what is stored was made from another slide, grid or encoder
     │   └── BusyError      another process is writing the same slide
     ├── ModelError         a trained model cannot be used, made or kept, or does not fit the features it is given
-    └── FormatError        a file of another tool is not laid out as that tool lays it out
+    ├── FormatError        a file of another tool is not laid out as that tool lays it out
+    └── ClusterError       a Dask cluster cannot be reached, or lost its workers
 
 Each message is one sentence that says what is wrong, where, and what to do.
 """
@@ -68,3 +69,7 @@ class ModelError(WsiError):
 
 class FormatError(WsiError):
     """A file of another tool is not laid out as that tool lays it out."""
+
+
+class ClusterError(WsiError):
+    """A Dask cluster cannot be started or reached, or its workers end over and over."""

@@ -17,21 +17,29 @@ Layout::
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Self
 
 from wsi_engine.errors import ModelError
+from wsi_engine.extents import read_json
 from wsi_engine.store import FeatureStore
 
 RUN_VERSION = 1
 
+_MOST_FOLDS = 10_000
+
 HEAD_NAME = "head.safetensors"
 PROMPTS_NAME = "prompts.safetensors"
 ENCODER_NAME = "encoder.safetensors"
+
+DIGESTS = "digests"
+"""Entry of a finished run's summary: the SHA-256 of its files, by their paths from its folder."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +63,17 @@ class FeatureOrigin:
     mpp: float
     tile_px: int
     stride_px: int
+
+    def __post_init__(self) -> None:
+        kinds = {
+            str: ("encoder", "weights_digest", "precision"),
+            Integral: ("dim", "tile_px", "stride_px"),
+            Real: ("mpp",),
+        }
+        for kind, names in kinds.items():
+            for name in names:
+                if not isinstance(getattr(self, name), kind):
+                    raise TypeError(f"{name} of the features is a {type(getattr(self, name)).__name__}")
 
     @classmethod
     def of(cls, store: FeatureStore, encoder: str | None = None) -> Self:
@@ -165,6 +184,19 @@ class RunFolder:
         """Where the training of one fold stands."""
         return self.fold(number) / "state.pt"
 
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of what a finished run keeps, by paths from its folder: models, predictions and splits.
+
+        Raises:
+            ModelError: a file cannot be read.
+        """
+        tables = (self.splits_file, self.validation_file, self.predictions_file)
+        files = [*sorted(self.path.glob("fold-*/*.safetensors")), *(path for path in tables if path.exists())]
+        try:
+            return {path.relative_to(self.path).as_posix(): file_digest(path) for path in files}
+        except OSError as error:
+            raise ModelError(f"cannot read {error.filename}: {error.strerror or error}") from error
+
     def write_record(self, record: RunRecord) -> None:
         """Replace ``run.json`` in one step.
 
@@ -184,7 +216,7 @@ class RunFolder:
             ModelError: there is none, it is damaged, or another version wrote it.
         """
         try:
-            value = json.loads(self.record_file.read_text(encoding="utf-8"))
+            value = read_json(self.record_file)
             if value["version"] != RUN_VERSION:
                 raise ModelError(
                     f"{self.record_file} has version {value['version']} and this engine reads {RUN_VERSION}: "
@@ -192,13 +224,24 @@ class RunFolder:
                 )
             record = RunRecord(**value)
             origin = FeatureOrigin(**value["features"])
+            if not isinstance(record.folds, int) or not 0 <= record.folds <= _MOST_FOLDS:
+                raise ValueError(f"{str(record.folds)[:40]} folds")
+            if not isinstance(record.classes, list) or not all(isinstance(name, str) for name in record.classes):
+                raise ValueError("its classes are no names")
             return replace(record, classes=tuple(record.classes), features=origin)
         except FileNotFoundError:
             raise ModelError(
                 f"{self.path} is not a training run: it has no run.json; give a folder of wsi train"
             ) from None
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ModelError(f"{self.record_file} cannot be read ({error}): train again") from error
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise ModelError(f"{self.record_file} cannot be read ({reason}): train again") from error
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, as digits."""
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def write_text(path: Path, text: str) -> None:

@@ -85,15 +85,17 @@ class ShardLayout:
         free: dict[str, Any] = {"attributes": {}, "dimension_names": None}
         return defaults | metadata | free == defaults | wanted
 
-    def read(self) -> Iterator[tuple[int, NDArray[Any]]]:
-        """All rows in order, a chunk at a time: its first row and its rows (n, dim), good until the next.
+    def read(self, only: int | None = None) -> Iterator[tuple[int, NDArray[Any]]]:
+        """All rows, or those of one shard, in order, a chunk at a time: its first row and its rows (n, dim), good until
+        the next.
 
         Raises:
             ValueError: a shard is missing or cut short, or a checksum differs.
             OSError: the disk refuses.
         """
         buffer = _allocate(0)
-        for number in range(-(-self.rows // (self.chunk_rows * self.shard_chunks))):
+        count = -(-self.rows // (self.chunk_rows * self.shard_chunks))
+        for number in range(count) if only is None else (only,):
             name = f"c/{number}/0"
             try:
                 with open(self.folder / name, "rb", buffering=0) as stream:

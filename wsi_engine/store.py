@@ -16,7 +16,6 @@ handed out, and the mark is written last, by replacing one small file.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterator
@@ -31,13 +30,19 @@ import zarr
 from numpy.typing import NDArray
 from zarr.codecs import Crc32cCodec
 
-from wsi_engine.errors import MismatchError, StoreError, WsiError
+from wsi_engine.errors import InputError, MismatchError, StoreError, WsiError
+from wsi_engine.extents import read_array, read_json
 from wsi_engine.grid import TileGrid, TileScale
+from wsi_engine.inputs import check_slide_id
+from wsi_engine.shards import find_bad_tile
 from wsi_engine.slide import Slide
 from wsi_engine.tissue import FilterCount, TissueMask
 from wsi_engine.version import __version__
 
 SCHEMA_VERSION = 1
+
+EVERY_CHUNK = "every_chunk"
+"""Attribute of arrays of which every chunk is a file, also where it holds nothing but the fill value."""
 
 _ROWS_PER_CHUNK = 1024
 _CHUNKS_PER_SHARD = 2
@@ -77,6 +82,10 @@ class SlideRecord:
         """The record that was written as a store's ``slide`` attribute."""
         width, height = value["dimensions"]
         x, y = value["mpp"]
+        try:
+            check_slide_id(value["name"], "the slide's name")  # files are written under it
+        except InputError as error:
+            raise ValueError(str(error)) from error
         return cls(**{**value, "dimensions": (int(width), int(height)), "mpp": (float(x), float(y))})
 
 
@@ -193,7 +202,12 @@ class FeatureStore:
         Raises:
             StoreError: there are none, they are not complete yet, or their data are damaged.
         """
-        return self._read(f"{self._features_path(encoder)}/values")
+        path = f"{self._features_path(encoder)}/values"
+        values = self._read(path)
+        bad = find_bad_tile(values) if values.dtype in (np.float16, np.float32) else None
+        if bad is not None and np.isnan(values[bad]).all():  # what Zarr makes of a file that is missing
+            raise StoreError(f"{self.path}/{path} is damaged (tile {bad} is missing): delete it and extract again")
+        return values
 
     def provenance(self, encoder: str | None = None) -> dict[str, Any]:
         """How the features were made: encoder card, precision, grid, digests, seconds per stage, engine version."""
@@ -239,7 +253,8 @@ class FeatureStore:
                     f"the tissue of {self.path} was found differently (digest {_short(had)}, now "
                     f"{_short(tissue.digest)}): choose another output folder, or delete that store"
                 )
-            self._write("tissue/mask", tissue.mask, _tissue_attrs(tissue), (1024, 1024))
+            if "digest" not in self._attrs("tissue/mask"):
+                self._write("tissue/mask", tissue.mask, _tissue_attrs(tissue), (1024, 1024))
         self._write(f"tiles/{name}/origins", grid.origins, grid.to_json() | {"settings": settings}, (65_536, 2))
 
     def group(self, path: str) -> zarr.Group:
@@ -250,18 +265,19 @@ class FeatureStore:
     def _write(self, path: str, data: NDArray[Any], attrs: dict[str, Any], chunks: tuple[int, int]) -> None:
         with storing(self.path):
             shape = tuple(max(1, min(n, c)) for n, c in zip(data.shape, chunks, strict=True))
+            if self._mode == "r+":
+                (Path(self.path) / path / "zarr.json").unlink(missing_ok=True)  # its mark goes before its data
             array = self._group.create_array(
-                path, shape=data.shape, dtype=data.dtype, chunks=shape, overwrite=True, compressors=_checked("zstd")
-            )
+                path, shape=data.shape, dtype=data.dtype, chunks=shape, overwrite=True, compressors=_checked("zstd"),
+                config={"write_empty_chunks": True},
+            )  # fmt: skip
             if data.size:
                 array[...] = data
-            array.update_attributes(attrs)
+            array.update_attributes(attrs | {EVERY_CHUNK: True})
 
     def _read(self, path: str) -> NDArray[Any]:
         with storing(self.path):
-            array = self._group[path]
-            assert isinstance(array, zarr.Array)
-            return np.asarray(array[...])
+            return read_array(self._group, path, Path(self.path) / path)
 
     def _attrs(self, path: str) -> dict[str, Any]:
         """Attributes of a group or array; empty where there is none.
@@ -270,10 +286,10 @@ class FeatureStore:
         """
         with storing(self.path):
             try:
-                text = (Path(self.path) / path / "zarr.json").read_text(encoding="utf-8")
+                node = read_json(Path(self.path) / path / "zarr.json")
             except (FileNotFoundError, NotADirectoryError):
                 return {}
-            return dict(json.loads(text)["attributes"])
+            return dict(node["attributes"])
 
     def _members(self, path: str) -> list[str]:
         """Names of what is in a group, sorted."""
@@ -315,7 +331,7 @@ def stored_precision(folder: Path, encoder: str) -> str | None:
     for store in sorted(folder.glob("*.zarr")):
         for state in ("values", "partial"):
             try:
-                attrs = json.loads((store / "features" / features_key(encoder) / state / "zarr.json").read_text())
+                attrs = read_json(store / "features" / features_key(encoder) / state / "zarr.json")
                 return str(attrs["attributes"]["precision"])
             except (OSError, ValueError, KeyError, TypeError):
                 continue
@@ -336,7 +352,8 @@ def storing(path: str) -> Iterator[None]:
         raise
     except OSError as error:
         raise StoreError(f"cannot use the store {path}: {error.strerror or error}") from error
-    except (ValueError, KeyError, TypeError, RuntimeError) as error:
+    except (ValueError, LookupError, TypeError, RuntimeError, ArithmeticError, AttributeError, AssertionError,
+            MemoryError) as error:  # fmt: skip
         raise StoreError(f"the store {path} is damaged ({_first_line(error)}): delete it and extract again") from error
 
 
@@ -370,10 +387,9 @@ def _check_version(path: str) -> None:
         raise StoreError(f"there is no store at {path}")
     with storing(path):
         try:
-            text = (Path(path) / "zarr.json").read_text(encoding="utf-8")
+            group = read_json(Path(path) / "zarr.json")
         except (FileNotFoundError, NotADirectoryError):
             raise StoreError(f"{path} is not a store of this engine: it has no Zarr group") from None
-        group = json.loads(text)
         if not isinstance(group, dict) or group.get("zarr_format") != 3:
             raise ValueError("its zarr.json describes no group of Zarr 3")
         version = dict(group.get("attributes") or {}).get("schema_version")

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -73,15 +74,19 @@ class FeatureWriter:
     """Writes the features of one encoder into a store, batch by batch, and finishes them.
 
     The caller holds the slide's lease. ``batch_size`` is the one wanted; a run that was begun with another
-    keeps that one (:attr:`batch_size`), since its rows were computed in batches of that shape.
+    keeps that one (:attr:`batch_size`), since its rows were computed in batches of that shape. ``check`` is called
+    before anything is written, and raises where the lease was lost.
 
     Raises:
         MismatchError: the store holds features of this name made from something else.
         StoreError: the store cannot be written.
     """
 
-    def __init__(self, store: FeatureStore, identity: FeatureIdentity, batch_size: int) -> None:
+    def __init__(
+        self, store: FeatureStore, identity: FeatureIdentity, batch_size: int, check: Callable[[], None] = lambda: None
+    ) -> None:
         self._store = store
+        self._check_lease = check
         self._identity = identity
         self._rows = len(identity.grid)
         self._waiting: dict[int, tuple[NDArray[Any], int]] = {}
@@ -93,13 +98,21 @@ class FeatureWriter:
         elif self._rows and self._check("partial"):
             self.batch_size = self._partial.chunks[0]
 
-    def missing_rows(self) -> NDArray[np.int64]:
-        """Rows that are not stored yet, ascending: whole batches, a torn one among them."""
+    def begin(self) -> None:
+        """Make the array that batches are written into, where there is none: several writers must find the same."""
+        _ = self._partial
+
+    def missing_rows(self, within: range | None = None) -> NDArray[np.int64]:
+        """Rows that are not stored yet, ascending: whole batches, a torn one among them.
+
+        ``within`` limits the look to some rows, cut at batches; it may go beyond the last row.
+        """
+        first, end = (0, self._rows) if within is None else (within.start, min(within.stop, self._rows))
         if self.complete:
             return np.empty(0, np.int64)
         if not self._check("partial"):
-            return np.arange(self._rows)
-        batches = [np.arange(start, self._stop(start)) for start in range(0, self._rows, self.batch_size)]
+            return np.arange(first, end)
+        batches = [np.arange(start, self._stop(start)) for start in range(first, end, self.batch_size)]
         return np.concatenate([np.empty(0, np.int64), *(rows for rows in batches if not self._has(rows))])
 
     def add(self, rows: NDArray[np.int64], features: NDArray[np.float32]) -> None:
@@ -123,6 +136,7 @@ class FeatureWriter:
             if missing > len(stored):
                 self._waiting[start] = waiting, missing - len(stored)
                 continue
+            self._check_lease()
             with storing(self._store.path):
                 self._partial[start : start + len(waiting)] = waiting
 
@@ -151,12 +165,14 @@ class FeatureWriter:
 
     def _keep(self, rows: Callable[[int, int], NDArray[Any]], attrs: dict[str, Any]) -> None:
         """Write ``values`` a shard at a time, mark it complete last, and drop ``partial``."""
+        self._check_lease()
         with storing(self._store.path):
             values = create_rows(self._group, "values", self._rows, self._identity.card.dim, self._identity.dtype)
             step = values.shards[0] if values.shards else self._rows
             for start in range(0, self._rows, step):
                 stop = min(start + step, self._rows)
                 values[start:stop] = rows(start, stop)
+            self._check_lease()
             values.update_attributes(self._identity.to_json() | attrs | {"complete": True})
         self.complete = True
         self._drop_partial()
@@ -214,7 +230,7 @@ class FeatureWriter:
 
     def _drop_partial(self) -> None:
         with storing(self._store.path):
-            if "partial" in self._group:
+            if (Path(self._store.path) / self._group.path / "partial").is_dir():  # or what a kill left of it
                 del self._group["partial"]
 
 

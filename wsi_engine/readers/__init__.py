@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Callable
 from importlib import import_module
@@ -89,7 +90,15 @@ def _as_text(source: object) -> str:
 def _build(name: str, source: Source, clock: StageClock) -> Reader:
     # Each reader imports its own library, so a reader that is not used costs nothing.
     module = import_module(f"wsi_engine.readers.{name}")
-    return cast(Callable[[Source, StageClock], Reader], getattr(module, _CLASSES[name]))(source, clock)
+    reader = cast(Callable[[Source, StageClock], Reader], getattr(module, _CLASSES[name]))(source, clock)
+    for number, level in enumerate(reader.levels):
+        if level.width < 1 or level.height < 1 or not 0 < level.downsample < math.inf:
+            reader.close()
+            where = "the array" if isinstance(source, np.ndarray) else os.fspath(source)
+            raise SlideError(
+                f"cannot read {where}: level {number} is {level.width} x {level.height} pixels by its header"
+            )
+    return reader
 
 
 def _try_readers(path: str, names: tuple[str, ...], clock: StageClock) -> Reader:

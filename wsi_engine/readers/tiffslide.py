@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import os
+import time
 import warnings
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from fsspec.core import url_to_fs
@@ -23,6 +25,17 @@ from wsi_engine.readers.window import Window, check_window, white_image
 
 BLOCK_BYTES = 1 << 20
 """Bytes fetched at once from a remote file: many tiles, and few enough not to fetch what is not asked for."""
+
+T = TypeVar("T")
+
+CONNECT_SECONDS, READ_SECONDS = 10.0, 30.0
+"""For which a server may take to answer, and to send the next bytes."""
+
+RETRY_SECONDS = (0.5, 2.0)
+"""Pauses before a server is asked again."""
+
+GIVEN_UP_SECONDS = 10.0
+"""After a block could not be fetched, time for which no other one of the file is asked for."""
 
 MAX_BLOCKS = 64
 """Fetched blocks that are kept per slide."""
@@ -111,6 +124,8 @@ class TiffSlideReader:
         corner = _level0_position(inside.left, scale), _level0_position(inside.top, scale)
         size = inside.right - inside.left, inside.bottom - inside.top
         pixels: NDArray[np.uint8] = slide.read_region(corner, level, size, as_array=True)  # type: ignore[assignment]
+        if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] not in {1, 3, 4}:
+            raise ValueError(f"level {level} holds {pixels.dtype} of shape {pixels.shape[2:]}, unlike level 0")
         image = to_rgb(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
         missing = self._missing[level]
         if missing is not None:
@@ -137,10 +152,70 @@ def _open_source(source: str) -> Any:
     """Return what tiffslide opens: a path, or a file object that fetches a remote file in blocks."""
     if "://" not in source:
         return source
-    system, path = url_to_fs(source)
-    return system.open(
-        path, "rb", block_size=BLOCK_BYTES, cache_type="blockcache", cache_options={"maxblocks": MAX_BLOCKS}
-    )
+    scheme = source.split("://", 1)[0].lower()
+    options = _OPTIONS.get(scheme, dict)()
+    system, path = url_to_fs(source, **options)
+    if options and hasattr(system, "retries"):
+        system.retries = 1  # s3fs would ask 25 times, and wait for each answer
+    cache = {"cache_type": "blockcache", "cache_options": {"maxblocks": MAX_BLOCKS}}
+    file = _ask(lambda: system.open(path, "rb", block_size=BLOCK_BYTES, **cache))
+    if options and hasattr(getattr(file, "cache", None), "fetcher"):
+        file.cache.fetcher = _PersistentFetch(file.cache.fetcher)
+    return file
+
+
+def _s3_options() -> dict[str, Any]:
+    """No answer is waited for without end."""
+    config: dict[str, Any] = {"connect_timeout": CONNECT_SECONDS, "read_timeout": READ_SECONDS}
+    if "AWS_MAX_ATTEMPTS" not in os.environ:
+        config["retries"] = {"total_max_attempts": 1}
+    return {"config_kwargs": config}
+
+
+def _web_options() -> dict[str, Any]:
+    """No answer is waited for without end; a slide may take as long as it needs while bytes come."""
+    try:
+        from aiohttp import ClientTimeout  # noqa: PLC0415 - an optional dependency
+    except ImportError:
+        return {}  # fsspec says what is missing
+    return {"client_kwargs": {"timeout": ClientTimeout(None, sock_connect=CONNECT_SECONDS, sock_read=READ_SECONDS)}}
+
+
+_OPTIONS: dict[str, Callable[[], dict[str, Any]]] = {
+    "http": _web_options, "https": _web_options, "s3": _s3_options, "s3a": _s3_options,
+}  # fmt: skip
+
+
+class _PersistentFetch:
+    """Fetches a range of bytes, more than once where the server stumbles.
+
+    When it has given up, it fails at once for a while: a read asks for many blocks, and would wait for each.
+    """
+
+    def __init__(self, fetch: Callable[[int, int], bytes]) -> None:
+        self._fetch = fetch
+        self._gave_up = -math.inf
+
+    def __call__(self, start: int, end: int) -> bytes:
+        if time.monotonic() - self._gave_up < GIVEN_UP_SECONDS:
+            raise OSError("its server did not answer a moment ago")
+        try:
+            return _ask(lambda: self._fetch(start, end))
+        except Exception:
+            self._gave_up = time.monotonic()
+            raise
+
+
+def _ask(action: Callable[[], T]) -> T:
+    """What an action returns, which is tried again after each of the pauses."""
+    for pause in RETRY_SECONDS:
+        try:
+            return action()
+        except (FileNotFoundError, PermissionError, ImportError):
+            raise
+        except Exception:  # every file system has errors of its own
+            time.sleep(pause)
+    return action()
 
 
 def _level0_position(position: int, scale: float) -> int:

@@ -1,0 +1,105 @@
+"""The files of one Zarr array: all there, none torn or rotten.
+
+Every chunk that the engine writes ends in the CRC-32C of the bytes before it (Zarr v3 codec ``crc32c``), so that a file
+is verified without decoding it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+
+from wsi_engine.shards import ShardLayout, find_bad_tile
+from wsi_engine.store import EVERY_CHUNK
+
+_CHECKSUM_BYTES = 4
+
+
+@dataclass
+class ArrayFiles:
+    """What was found of an array's files.
+
+    Attributes:
+        problems: path from the array's folder, and what is wrong with the data there.
+        strays: files that are none of the array's, paths from its folder.
+        files: verified.
+        bytes: of those.
+    """
+
+    problems: list[tuple[str, str]] = field(default_factory=list)
+    strays: list[str] = field(default_factory=list)
+    files: int = 0
+    bytes: int = 0
+
+
+def verify_array(folder: Path, metadata: dict[str, Any], whole: bool) -> ArrayFiles:
+    """Read every file of an array and compare checksums.
+
+    Args:
+        folder: of the array.
+        metadata: its ``zarr.json``.
+        whole: all files must be there.
+
+    Raises:
+        LookupError, TypeError, ValueError: the metadata describe no array.
+        OSError: a file cannot be read.
+    """
+    found = ArrayFiles()
+    shape, chunk = metadata["shape"], metadata["chunk_grid"]["configuration"]["chunk_shape"]
+    counts = [-(-size // side) for size, side in zip(shape, chunk, strict=True)]
+    expected = {"/".join(map(str, ("c", *place))) for place in itertools.product(*map(range, counts))}
+    there = _list_files(folder)
+    found.strays = sorted(there - expected)
+    whole = whole or metadata.get("attributes", {}).get(EVERY_CHUNK) is True
+    layout = ShardLayout.of(folder, metadata)
+    checksummed = layout is not None or metadata["codecs"][-1]["name"] == "crc32c"
+    for name in sorted(expected, key=_natural):
+        if name not in there:
+            if whole:
+                found.problems.append((name, "is missing"))
+            continue
+        problem = _verify_shard(layout, name) if layout else _verify_chunk(folder / name) if checksummed else None
+        if problem:
+            found.problems.append((name, problem))
+        found.files += 1
+        found.bytes += (folder / name).stat().st_size
+    return found
+
+
+def _verify_chunk(path: Path) -> str | None:
+    """What is wrong with a file that is one chunk."""
+    data = path.read_bytes()
+    if len(data) < _CHECKSUM_BYTES:
+        return "is cut short"
+    same = google_crc32c.value(data[:-_CHECKSUM_BYTES]) == int.from_bytes(data[-_CHECKSUM_BYTES:], "little")
+    return None if same else "is torn or rotten (its checksum differs)"
+
+
+def _verify_shard(layout: ShardLayout, name: str) -> str | None:
+    """What is wrong with a file that is a shard of features."""
+    try:
+        for start, values in layout.read(int(name.split("/")[1])):
+            bad = find_bad_tile(values)
+            if bad is not None:
+                return f"holds values that are not finite (tile {start + bad})"
+    except ValueError as error:
+        return f"is torn or rotten ({error})"
+    return None
+
+
+def _list_files(folder: Path) -> set[str]:
+    """Paths of all files below a folder, from it, but for its ``zarr.json``."""
+    found = set()
+    for place, _, names in os.walk(folder):
+        inside = Path(place).relative_to(folder)
+        found |= {(inside / name).as_posix() for name in names}
+    return found - {"zarr.json"}
+
+
+def _natural(name: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in name.split("/")[1:])
