@@ -26,7 +26,7 @@ def wsi(*arguments: object) -> Result:
 def test_help_names_every_command() -> None:
     result = wsi("--help")
     assert result.exit_code == 0
-    commands = "info encoders extract train evaluate classify nuclei import export bench demo"
+    commands = "info encoders extract train evaluate classify nuclei status check import export bench demo"
     for command in commands.split():
         assert command in result.stdout
         assert wsi(command, "--help").exit_code == 0
@@ -100,7 +100,7 @@ def test_one_bad_slide_ends_in_1_after_the_others(picture: Path, tmp_path: Path)
         (("extract", "{slides}", "-o", "{out}", "--dtype", "int8"), 2, "dtype"),
         (("info", "{missing}"), 1, "missing.svs"),
         (("export", "trident", "{empty}", "-o", "{out}"), 2, "no store"),
-        (("export", "stamp", "{empty}", "-o", "{out}"), 2, "stamp"),
+        (("export", "slideflow", "{empty}", "-o", "{out}"), 2, "slideflow"),
         (("import", "clam", "{empty}", "-o", "{out}"), 2, "--encoder"),
         (("import", "clam", "{empty}", "-o", "{out}", "--encoder", "uni"), 1, "--slide-mpp"),
         (("nonsense",), 2, "nonsense"),

@@ -15,9 +15,19 @@ from typing import Any
 
 import h5py
 import numpy as np
+from numpy.typing import NDArray
 
 from wsi_engine.errors import FormatError
-from wsi_engine.formats.hdf5 import keep_imported, list_slides, read_array, read_attrs, reading, write_attrs, writing
+from wsi_engine.formats.hdf5 import (
+    check_number,
+    keep_imported,
+    list_slides,
+    read_array,
+    read_attrs,
+    reading,
+    write_attrs,
+    writing,
+)
 from wsi_engine.grid import TileGrid
 from wsi_engine.store import FeatureStore, SlideRecord
 
@@ -61,10 +71,10 @@ def export_clam(store: FeatureStore, out: Path, encoder: str | None = None, *, o
 
 
 def import_clam(folder: Path, out: Path, encoder: str, slide_mpp: float | None = None) -> list[Path]:
-    """Read a folder of CLAM's (``patches`` and ``h5_files``) into stores, one a slide.
+    """Read a folder of CLAM's into stores, one a slide.
 
     Args:
-        folder: holds ``patches`` and ``h5_files``.
+        folder: holds ``patches``, and ``h5_files`` or, where there is none, ``pt_files``.
         out: folder of the stores.
         encoder: name of the encoder that made the features, which CLAM does not record.
         slide_mpp: micrometres per level-0 pixel, which CLAM does not record either.
@@ -75,21 +85,23 @@ def import_clam(folder: Path, out: Path, encoder: str, slide_mpp: float | None =
     """
     if slide_mpp is None:
         raise FormatError(f"CLAM's files in {folder} do not say how large a pixel is: pass --slide-mpp")
-    return [
-        _import_slide(folder, slide_id, out, encoder, slide_mpp) for slide_id in list_slides(folder / "h5_files", ".h5")
-    ]
+    mpp = check_number(slide_mpp, "--slide-mpp", folder)
+    if not (folder / "h5_files").is_dir() and (folder / "pt_files").is_dir():
+        slides = list_slides(folder / "pt_files", ".pt")
+    else:
+        slides = list_slides(folder / "h5_files", ".h5")
+    return [_import_slide(folder, slide_id, out, encoder, mpp) for slide_id in slides]
 
 
 def _import_slide(folder: Path, slide_id: str, out: Path, encoder: str, slide_mpp: float) -> Path:
-    with reading(folder / "patches" / f"{slide_id}.h5") as file:
+    path = folder / "patches" / f"{slide_id}.h5"
+    with reading(path) as file:
         laid = read_array(file, "coords", "iu", 2).astype(np.int64)
         attrs = read_attrs(file["coords"])
-        tile_px = int(attrs["patch_size"])
+        tile_px = int(check_number(attrs["patch_size"], "patch_size", path))
         downsample = tuple(float(value) for value in np.broadcast_to(np.asarray(attrs["downsample"], float), 2))
         width, height = (round(n * d) for n, d in zip(attrs["level_dim"], downsample, strict=True))
-    with reading(folder / "h5_files" / f"{slide_id}.h5") as file:
-        features = read_array(file, "features", "f")
-        coords = read_array(file, "coords", "iu", 2).astype(np.int64)
+    features, coords = _read_features(folder, slide_id, laid)
     if not np.array_equal(laid, coords):
         raise FormatError(f"patches/{slide_id}.h5 and h5_files/{slide_id}.h5 in {folder} have different coordinates")
     record = SlideRecord(slide_id, "", (width, height), (slide_mpp, slide_mpp), "override", "", "")
@@ -102,6 +114,37 @@ def _import_slide(folder: Path, slide_id: str, out: Path, encoder: str, slide_mp
         lattice_tiles=len(coords),
     )
     return keep_imported(out, record, grid, encoder, features, {"format": "clam", "coords": attrs})
+
+
+def _read_features(folder: Path, slide_id: str, laid: NDArray[np.int64]) -> tuple[NDArray[Any], NDArray[np.int64]]:
+    """Features and their coordinates; a bare tensor has none of its own."""
+    if not (folder / "h5_files").is_dir():
+        return _read_tensor(folder / "pt_files" / f"{slide_id}.pt"), laid
+    with reading(folder / "h5_files" / f"{slide_id}.h5") as file:
+        return read_array(file, "features", "f"), read_array(file, "coords", "iu", 2).astype(np.int64)
+
+
+def _read_tensor(path: Path) -> NDArray[Any]:
+    """A bare tensor (N, D) from a file of ``torch.save``, in which nothing is run."""
+    import torch  # noqa: PLC0415
+
+    try:
+        if path.exists() and not path.is_file():
+            raise ValueError("no regular file")
+        tensor = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise FormatError(
+            f"{path} is missing, damaged or holds Python objects other than a tensor, which are refused because they "
+            "could run code"
+        ) from error
+    plain = isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided and not tensor.is_meta
+    if not plain or tensor.dtype not in (torch.float16, torch.float32) or tensor.ndim != 2:
+        what = f"{tensor.dtype} {tuple(tensor.shape)}" if isinstance(tensor, torch.Tensor) else type(tensor).__name__
+        raise FormatError(f"{path} holds {what}: one tensor (N, D) of float16 or float32 is needed")
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        raise FormatError(f"{path} declares {tensor.numel()} values and holds fewer: save the tensor again")
+    values: NDArray[Any] = tensor.detach().numpy()
+    return values
 
 
 def _coords_attrs(slide: SlideRecord, grid: TileGrid, folder: Path) -> dict[str, Any]:

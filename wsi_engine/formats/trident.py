@@ -18,9 +18,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wsi_engine.errors import FormatError
-from wsi_engine.formats.hdf5 import keep_imported, list_slides, read_array, read_attrs, reading, write_attrs, writing
+from wsi_engine.formats.hdf5 import (
+    check_number,
+    keep_imported,
+    list_slides,
+    read_array,
+    read_attrs,
+    reading,
+    write_attrs,
+    writing,
+)
 from wsi_engine.grid import TileGrid
-from wsi_engine.store import FeatureStore, SlideRecord
+from wsi_engine.store import FeatureStore, SlideRecord, features_key
 
 UM_PER_PX_AT_1X = 10.0
 """TRIDENT's convention: 20x is 0.5 µm per pixel."""
@@ -53,7 +62,8 @@ def export_trident(
     overlap = grid.tile_px - grid.stride_px
     job = out / f"{_number(UM_PER_PX_AT_1X / grid.mpp)}x_{grid.tile_px}px_{overlap}px_overlap"
     slide_id = store.slide.name
-    files = TridentFiles(job / "patches" / f"{slide_id}_patches.h5", job / f"features_{name}" / f"{slide_id}.h5")
+    folder = job / f"features_{features_key(name)}"
+    files = TridentFiles(job / "patches" / f"{slide_id}_patches.h5", folder / f"{slide_id}.h5")
     attrs = origin.get("coords") if origin.get("format") == "trident" else None
     attrs = attrs or _coords_attrs(store.slide, grid, files.coords.parent)
     for path in (files.coords, files.features):
@@ -92,28 +102,29 @@ def _import_slide(folder: Path, slide_id: str, out: Path, slide_mpp: float | Non
         coords = read_array(file, "coords", "iu", 2)
         attrs = read_attrs(file["coords"])
         encoder = str(read_attrs(file["features"]).get("encoder", folder.name.removeprefix("features_")))
-        mpp = slide_mpp or UM_PER_PX_AT_1X / float(attrs["level0_magnification"])
+        mpp = UM_PER_PX_AT_1X / check_number(attrs["level0_magnification"], "level0_magnification", path)
+        mpp = mpp if slide_mpp is None else check_number(slide_mpp, "--slide-mpp", path)
         record = SlideRecord(
             name=slide_id,
             fingerprint="",
             dimensions=(int(attrs["level0_width"]), int(attrs["level0_height"])),
             mpp=(mpp, mpp),
-            mpp_source="override" if slide_mpp else "TRIDENT level0_magnification",
+            mpp_source="override" if slide_mpp is not None else "TRIDENT level0_magnification",
             vendor="",
             reader="",
         )
-        grid = _read_grid(coords, attrs)
+        grid = _read_grid(coords, attrs, path)
     return keep_imported(out, record, grid, encoder, features, {"format": "trident", "coords": attrs})
 
 
-def _read_grid(coords: NDArray[Any], attrs: dict[str, Any]) -> TileGrid:
-    tile_px = int(attrs["patch_size"])
-    side = float(attrs["patch_size_level0"])
+def _read_grid(coords: NDArray[Any], attrs: dict[str, Any], path: Path) -> TileGrid:
+    tile_px = int(check_number(attrs["patch_size"], "patch_size", path))
+    side = check_number(attrs["patch_size_level0"], "patch_size_level0", path)
     return TileGrid(
         origins=coords.astype(np.int64),
         tile_px=tile_px,
         stride_px=tile_px - int(attrs["overlap"]),
-        mpp=UM_PER_PX_AT_1X / float(attrs["target_magnification"]),
+        mpp=UM_PER_PX_AT_1X / check_number(attrs["target_magnification"], "target_magnification", path),
         tile_size_level0=(side, side),
         lattice_tiles=len(coords),
     )
