@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,14 @@ import pytest
 
 from wsi_engine import lay_grid, open_slide
 from wsi_engine.errors import InputError, SettingsError
-from wsi_engine.synthetic_cohort import CohortSpec, lay_cohort, measure_tumour, tumour_of_tiles, write_cohort
+from wsi_engine.synthetic_cohort import (
+    CohortSpec,
+    draw_follow_up,
+    lay_cohort,
+    measure_tumour,
+    tumour_of_tiles,
+    write_cohort,
+)
 
 SMALL = CohortSpec(slides=6, side_px=1024, mpp=1.0, slides_per_patient=2, sites=2, seed=5)
 
@@ -45,6 +53,8 @@ def test_written_slides_and_their_table(tmp_path: Path) -> None:
     with open(table, newline="") as stream:
         rows = list(csv.DictReader(stream))
     assert [row["label"] for row in rows] == ["normal", "normal", "tumour", "tumour", "normal", "normal"]
+    assert rows[0]["months"] == rows[1]["months"] != rows[2]["months"]  # of the patient
+    assert {row["died"] for row in rows} <= {"0", "1"}
     kept = (tmp_path / rows[0]["slide"]).stat().st_mtime_ns
     write_cohort(tmp_path, SMALL)
     assert (tmp_path / rows[0]["slide"]).stat().st_mtime_ns == kept
@@ -63,8 +73,35 @@ def test_written_slides_and_their_table(tmp_path: Path) -> None:
         assert pixels[truth & tissue].mean() < pixels[tissue & ~truth].mean() - 5
 
 
+def test_more_tumour_means_a_shorter_life() -> None:
+    spec = CohortSpec(slides=4000, slides_per_patient=2, side_px=256, tumour_share=(0.1, 0.2), hazard_ratio=9.0)
+    shares = np.repeat(np.tile([0.0, 0.1, 0.0, 0.2], 500), 2) * np.tile([1, 0.5], 2000)
+    slide = lay_cohort(CohortSpec(slides=2))[0]
+    cohort = [replace(slide, patient=f"p{place // 2}") for place in range(4000)]
+    known = draw_follow_up(spec, cohort, shares.tolist())
+    assert len(known) == 2000
+    groups = [[known[f"p{k}"] for k in range(2000) if k % 4 == place] for place in (0, 1, 3)]
+    rates = [sum(one.died for one in group) / sum(one.months for one in group) for group in groups]
+    assert rates[0] == pytest.approx(np.log(2) / 90, rel=0.15)
+    assert rates[1] / rates[0] == pytest.approx(3, rel=0.2)  # half the share, the root of the ratio
+    assert rates[2] / rates[0] == pytest.approx(9, rel=0.2)
+    months = [one.months for group in groups for one in group]
+    assert min(months) > 0
+    assert max(months) <= 120
+    assert all(one.months >= 60 for group in groups for one in group if not one.died)
+    ages = np.array([one.age for one in groups[0]]), np.array([one.months for one in groups[0]])
+    assert abs(np.corrcoef(*ages)[0, 1]) < 0.15
+    assert draw_follow_up(spec, cohort, shares.tolist()) == known
+
+
 def test_what_cannot_be_made_is_refused(tmp_path: Path) -> None:
-    for bad in ({"slides": 1}, {"tumour_share": (0.0, 0.1)}, {"tumour_share": (0.2, 0.1)}, {"sites": 0}):
+    for bad in (
+        {"slides": 1},
+        {"tumour_share": (0.0, 0.1)},
+        {"tumour_share": (0.2, 0.1)},
+        {"sites": 0},
+        {"hazard_ratio": 0},
+    ):
         with pytest.raises(SettingsError, match="give"):
             CohortSpec(**bad)  # type: ignore[arg-type]
     (tmp_path / "file").write_text("")

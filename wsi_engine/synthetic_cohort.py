@@ -10,7 +10,7 @@ from __future__ import annotations
 import csv
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,6 +31,12 @@ _TWIN_MPP = 8.0
 
 _ATTEMPTS = 200
 
+_HALF_LIFE = 90.0
+"""Months after which half of the patients without tumour are dead."""
+
+_FOLLOW_UP = 1
+"""Tells the draw of survival from that of the slides."""
+
 
 @dataclass(frozen=True)
 class CohortSpec:
@@ -43,6 +49,8 @@ class CohortSpec:
         tumour_share: least and greatest share of the tissue that the tumour covers on slides that have one.
         slides_per_patient: every patient but perhaps the last has so many slides, of one class.
         sites: number of sites; patients are spread over them.
+        hazard_ratio: of death, of a patient whose slides show the greatest share of tumour against one without any;
+            between them the logarithm of the hazard follows the share.
         seed: the same spec and seed give the same files.
     """
 
@@ -52,6 +60,7 @@ class CohortSpec:
     tumour_share: tuple[float, float] = (0.02, 0.10)
     slides_per_patient: int = 1
     sites: int = 3
+    hazard_ratio: float = 6.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -64,6 +73,8 @@ class CohortSpec:
         ):  # fmt: skip
             if value < low:
                 raise SettingsError(f"{name} is {value}: give {low} or more")
+        if not 0 < self.hazard_ratio < math.inf:
+            raise SettingsError(f"hazard_ratio is {self.hazard_ratio}: give a number above 0")
 
 
 @dataclass(frozen=True)
@@ -82,6 +93,15 @@ class CohortSlide:
         return SlideTruth(self.spec)
 
 
+@dataclass(frozen=True)
+class FollowUp:
+    """What became of a patient: ``age`` in years, ``months`` under observation, and whether that ended in death."""
+
+    age: int
+    months: float
+    died: bool
+
+
 def lay_cohort(spec: CohortSpec) -> tuple[CohortSlide, ...]:
     """Choose the slides of a cohort from its seed; nothing is drawn yet."""
     return tuple(_lay_slides(spec))
@@ -93,7 +113,8 @@ def write_cohort(folder: str | os.PathLike[str], spec: CohortSpec) -> Path:
     Slides that are there already are kept, so that a run that was stopped goes on.
 
     Returns:
-        Path of the CSV: slide, slide_id, patient, site, label, tumour_share (of the tissue).
+        Path of the CSV: slide, slide_id, patient, site, label, tumour_share (of the tissue), and of the patient age,
+        months and died (1 or 0), see :func:`draw_follow_up`.
 
     Raises:
         InputError: the folder cannot be written.
@@ -108,14 +129,44 @@ def write_cohort(folder: str | os.PathLike[str], spec: CohortSpec) -> Path:
         table = root / "cohort.csv"
         with open(table, "w", newline="", encoding="utf-8") as stream:
             writer = csv.writer(stream)
-            writer.writerow(["slide", "slide_id", "patient", "site", "label", "tumour_share"])
-            for slide in cohort:
-                share = f"{measure_tumour(slide.spec):.4f}"
-                name = f"slides/{slide.slide_id}.tif"
-                writer.writerow([name, slide.slide_id, slide.patient, slide.site, slide.label, share])
+            names = ["slide", "slide_id", "patient", "site", "label", "tumour_share", "age", "months", "died"]
+            writer.writerow(names)
+            shares = [measure_tumour(slide.spec) for slide in cohort]
+            follow_up = draw_follow_up(spec, cohort, shares)
+            for slide, share in zip(cohort, shares, strict=True):
+                known = follow_up[slide.patient]
+                writer.writerow(
+                    [
+                        f"slides/{slide.slide_id}.tif", slide.slide_id, slide.patient, slide.site, slide.label,
+                        f"{share:.4f}", known.age, f"{known.months:.1f}", int(known.died),
+                    ]
+                )  # fmt: skip
     except OSError as error:
         raise InputError(f"cannot write a cohort into {root}: {error.strerror or error}") from error
     return table
+
+
+def draw_follow_up(spec: CohortSpec, cohort: Sequence[CohortSlide], shares: Sequence[float]) -> dict[str, FollowUp]:
+    """Survival of the patients, by patient: exponential times whose hazard follows the largest share of tumour.
+
+    Half of the patients without tumour are alive after 90 months; patients are observed for 60 to 120. Age has no
+    influence. The slides do not depend on any of it.
+
+    Args:
+        spec: of the cohort.
+        cohort: its slides.
+        shares: of each slide, the share of its tissue that is tumour.
+    """
+    burden: dict[str, float] = {}
+    for slide, share in zip(cohort, shares, strict=True):
+        burden[slide.patient] = max(share, burden.get(slide.patient, 0.0))
+    rng = np.random.default_rng([spec.seed, _FOLLOW_UP])
+    known = {}
+    for patient, share in burden.items():
+        hazard = math.log(2) / _HALF_LIFE * spec.hazard_ratio ** (share / spec.tumour_share[1])
+        age, death, end = int(rng.integers(38, 86)), float(rng.exponential(1 / hazard)), float(rng.uniform(60, 120))
+        known[patient] = FollowUp(age, max(0.1, round(min(death, end), 1)), death <= end)
+    return known
 
 
 def measure_tumour(spec: SlideSpec) -> float:

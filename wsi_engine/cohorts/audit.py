@@ -13,6 +13,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from wsi_engine.cohorts.examination import find_duplicates, find_torn
 from wsi_engine.cohorts.featurechoice import choose_features
 from wsi_engine.cohorts.findings import Problem, count, write_report
 from wsi_engine.cohorts.inventory import StoredFeatures, StoreFacts, survey_stores
@@ -155,16 +156,7 @@ def _keep_labelled(roster: Roster, label: str, findings: _Findings) -> Roster:
 
 def _check_rows(roster: Roster, findings: _Findings) -> None:
     """Slides named twice, and slides of nobody."""
-    lines: defaultdict[str, list[RosterRow]] = defaultdict(list)
-    for row in roster:
-        lines[row.slide_id.lower()].append(row)  # some file systems do not tell small letters from capitals
-    twice = tuple(
-        f"{rows[0].slide_id}: {'; '.join(row.where for row in rows)}" for rows in lines.values() if len(rows) > 1
-    )
-    if twice:
-        findings.problems.append(
-            Problem(f"{count(len(twice), 'slide')} named more than once", twice, "keep one row for each slide")
-        )
+    findings.problems += find_duplicates(roster)
     if "patient" not in roster.columns:
         findings.warnings.append(
             Problem(
@@ -277,10 +269,7 @@ def _look_at_sites(roster: Roster, settings: SplitSettings | None, findings: _Fi
     values = findings.column(roster, "site")
     if values is None or wanted:
         return None if values is None else [value or "" for value in values]
-    sites: defaultdict[str, set[str]] = defaultdict(set)
-    for row, value in zip(roster, values, strict=True):
-        sites[row.patient] |= {value} if value else set()
-    torn = tuple(f"{patient}: {', '.join(sorted(some))}" for patient, some in sites.items() if len(some) > 1)
+    torn = find_torn(zip((row.patient for row in roster), values, strict=True))
     if torn:
         findings.warnings.append(Problem(f"{count(len(torn), 'patient')} at several sites", torn))
     return None

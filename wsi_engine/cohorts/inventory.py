@@ -5,7 +5,6 @@ Opening a store and its grid takes some milliseconds and reads every origin; a c
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from wsi_engine.extents import read_json
 from wsi_engine.runs import FeatureOrigin
 from wsi_engine.store import SCHEMA_VERSION
 
@@ -60,7 +60,7 @@ def survey_store(path: Path) -> StoreFacts:
     if not path.is_dir():
         return StoreFacts(path, exists=False)
     try:
-        attrs = _read_json(path)["attributes"]
+        attrs = read_node(path)["attributes"]
         if attrs["schema_version"] != SCHEMA_VERSION:
             return StoreFacts(
                 path, fault=f"has schema version {attrs['schema_version']}, this engine uses {SCHEMA_VERSION}"
@@ -74,20 +74,20 @@ def survey_store(path: Path) -> StoreFacts:
         )
     except FileNotFoundError as error:
         return StoreFacts(path, fault=f"lacks {os.path.relpath(error.filename, path)}")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, ArithmeticError, AttributeError) as error:
         return StoreFacts(path, fault=f"is damaged ({type(error).__name__}: {error})")
 
 
 def _survey_features(store: Path, key: str) -> StoredFeatures | None:
     """The features of one encoder; None where they are not complete."""
     try:
-        values = _read_json(store / "features" / key / "values")
+        values = read_node(store / "features" / key / "values")
     except FileNotFoundError:
         return None
     made = values["attributes"]
     if made.get("complete") is not True:
         return None
-    grid = _read_json(store / "tiles" / made["grid"] / "origins")["attributes"]
+    grid = read_node(store / "tiles" / made["grid"] / "origins")["attributes"]
     card = made["encoder"]
     origin = FeatureOrigin(
         card["name"], int(card["dim"]), card["weights_digest"], made["precision"],
@@ -103,8 +103,15 @@ def _list_folders(path: Path) -> list[str]:
         return []
 
 
-def _read_json(node: Path) -> dict[str, Any]:
-    value = json.loads((node / "zarr.json").read_bytes())
+def read_node(node: Path) -> dict[str, Any]:
+    """What the ``zarr.json`` of a group or array says.
+
+    Raises:
+        OSError: it is not there or cannot be read.
+        ValueError: it is no JSON, or no plain file.
+        TypeError: it is no object.
+    """
+    value = read_json(node / "zarr.json")
     if not isinstance(value, dict):
         raise TypeError("zarr.json holds no object")
     return value

@@ -17,7 +17,13 @@ from wsi_engine.inputs import check_slide_id
 from wsi_engine.slide import slide_name
 
 RosterSource: TypeAlias = "str | os.PathLike[str] | Iterable[Mapping[str, object]] | Roster"
-"""What a roster is made of: a CSV file, rows as mappings, a pandas data frame, or a roster."""
+"""What a roster is made of: a CSV or Parquet file, rows as mappings, a pandas data frame, or a roster."""
+
+PARQUET = (".parquet", ".pq")
+"""Endings of Parquet files, in small letters."""
+
+_Records: TypeAlias = list[tuple[str, dict[str, str]]]
+"""Where each row stands, and its cells by column."""
 
 
 @dataclass(frozen=True)
@@ -52,22 +58,32 @@ class Roster:
     rows: tuple[RosterRow, ...]
 
     @classmethod
-    def read(cls, source: RosterSource) -> Roster:
+    def read(
+        cls, source: RosterSource, root: str | os.PathLike[str] | None = None, faults: list[str] | None = None
+    ) -> Roster:
         """Read a cohort.
 
         A CSV has a column ``slide_id`` or ``slide`` (or both), and, if wanted, ``patient`` and any others (labels,
         site, split).
 
         Args:
-            source: path of a CSV in UTF-8, rows as mappings, a pandas data frame, or a roster, which is returned.
+            source: path of a CSV in UTF-8 or of a Parquet file, rows as mappings, a pandas data frame, or a roster,
+                which is returned.
+            root: folder that relative paths of slides start from; None for that of the file, or the working folder.
+            faults: filled with a sentence for every row that names no slide or one that cannot name a store; such rows
+                are left out. None raises at the first.
 
         Raises:
             InputError: it cannot be read, is empty, has no column that names slides, or a row names none.
+            SettingsError: it is a Parquet file, and pandas or pyarrow is not installed.
         """
         if isinstance(source, Roster):
             return source
         if isinstance(source, str | os.PathLike):
-            return _read_csv(Path(source))
+            path = Path(source)
+            folder = path.parent if root is None else Path(root)
+            read = _read_parquet if path.suffix.lower() in PARQUET else _read_csv
+            return _from_records(str(path), *read(path), folder, faults)
         to_dict = getattr(source, "to_dict", None)  # a data frame's
         records = to_dict("records") if to_dict is not None else list(source)
         for at, record in enumerate(records, start=1):
@@ -75,10 +91,10 @@ class Roster:
                 raise InputError(f"row {at} of the cohort is a {type(record).__name__}, not columns and their values")
         columns = tuple(dict.fromkeys(str(name) for record in records for name in record))
         texts = [
-            (f"the cohort, row {at}", {str(name): _text(value) for name, value in record.items()})
+            (f"the cohort, row {at}", {str(name): cell_text(value) for name, value in record.items()})
             for at, record in enumerate(records, start=1)
         ]
-        return _from_records("the cohort", columns, texts, Path())
+        return _from_records("the cohort", columns, texts, Path(root or ""), faults)
 
     def column(self, name: str) -> tuple[str | None, ...]:
         """What a column says of each slide, None where it is empty.
@@ -101,7 +117,19 @@ class Roster:
         return iter(self.rows)
 
 
-def _read_csv(path: Path) -> Roster:
+def _read_parquet(path: Path) -> tuple[tuple[str, ...], _Records]:
+    """Columns of a Parquet file, and its rows."""
+    from wsi_engine.cohorts.frames import read_parquet  # noqa: PLC0415 - pandas is optional
+
+    columns, records = read_parquet(path)
+    return columns, [
+        (f"{path}, row {at}", {name: cell_text(value) for name, value in record.items()})
+        for at, record in enumerate(records, start=1)
+    ]
+
+
+def _read_csv(path: Path) -> tuple[tuple[str, ...], _Records]:
+    """Columns of a CSV, and its rows."""
     try:
         with open(path, newline="", encoding="utf-8-sig") as stream:
             cells = csv.reader(stream)
@@ -121,21 +149,29 @@ def _read_csv(path: Path) -> Roster:
                 f"{where}: has {len(row)} cells and the header {len(columns)}; put texts with commas in quotes"
             )
     records = [
-        (where, {name: _text(value) for name, value in zip_longest(columns, row[: len(columns)]) if name})
+        (where, {name: cell_text(value) for name, value in zip_longest(columns, row[: len(columns)]) if name})
         for where, row in rows
     ]
-    return _from_records(str(path), tuple(filter(None, columns)), records, path.parent)
+    return tuple(filter(None, columns)), records
 
 
 def _from_records(
-    source: str, columns: tuple[str, ...], records: list[tuple[str, dict[str, str]]], folder: Path
+    source: str, columns: tuple[str, ...], records: _Records, folder: Path, faults: list[str] | None
 ) -> Roster:
-    """A roster of records, each with where it stands."""
+    """A roster of records, each with where it stands; rows that cannot be used go to ``faults`` where that is given."""
     if records and not {"slide", "slide_id"} & set(columns):
         raise InputError(f'{source} has no column "slide" or "slide_id" (its columns: {", ".join(columns) or "none"})')
     if not records:
         raise InputError(f"{source} lists no slide")
-    return Roster(source, columns, tuple(_make_row(record, folder, where) for where, record in records))
+    rows = []
+    for where, record in records:
+        try:
+            rows.append(_make_row(record, folder, where))
+        except InputError as error:
+            if faults is None:
+                raise
+            faults.append(str(error))
+    return Roster(source, columns, tuple(rows))
 
 
 def _make_row(record: dict[str, str], folder: Path, where: str) -> RosterRow:
@@ -149,7 +185,7 @@ def _make_row(record: dict[str, str], folder: Path, where: str) -> RosterRow:
     return RosterRow(slide_id, slide or None, record.get("patient", "") or slide_id, record, where)
 
 
-def _text(value: Any) -> str:
+def cell_text(value: Any) -> str:
     """A cell as text; nothing, NaN and a data frame's missing values are empty."""
     if value is None or _is_missing(value):
         return ""
