@@ -8,14 +8,17 @@ import typer
 
 from wsi_engine.cli import console
 from wsi_engine.cli.bench import bench
+from wsi_engine.cli.check import check
 from wsi_engine.cli.classify import classify
 from wsi_engine.cli.demo import demo
 from wsi_engine.cli.encoders import encoders
-from wsi_engine.cli.evaluate import evaluate
+from wsi_engine.cli.evaluate import evaluate_app
 from wsi_engine.cli.export import export
 from wsi_engine.cli.extract import extract
 from wsi_engine.cli.import_ import import_
 from wsi_engine.cli.info import info
+from wsi_engine.cli.nuclei import nuclei
+from wsi_engine.cli.status import status
 from wsi_engine.cli.train import train_app
 from wsi_engine.cli.train_nuclei import train_nuclei
 from wsi_engine.cli.train_prompt import train_prompt
@@ -55,8 +58,11 @@ train_app.command("prompt")(console.reporting(train_prompt))
 train_app.command("nuclei")(console.reporting(train_nuclei))
 app.add_typer(train_app)
 app.command()(console.reporting(classify))
-app.command()(console.reporting(evaluate))
+app.command()(console.reporting(nuclei))
+app.add_typer(evaluate_app)
 app.command("import")(console.reporting(import_))
 app.command("export")(console.reporting(export))
+app.command()(console.reporting(check))
+app.command()(console.reporting(status))
 app.command()(console.reporting(bench))
 app.command()(console.reporting(demo))

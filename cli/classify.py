@@ -11,13 +11,13 @@ from rich.table import Table
 from rich.text import Text
 
 from wsi_engine.cli import console
+from wsi_engine.cli.cluster import ClusterOption
 from wsi_engine.cli.display import BarDisplay, make_bar
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from wsi_engine.classification.outcomes import ClassifyReport, SlideClass
-    from wsi_engine.cli.progress import RunDisplay
 
 
 def classify(
@@ -62,6 +62,7 @@ def classify(
         typer.Option(help="Reading threads of the extraction; the usable cores if not given.", show_default=False),
     ] = None,
     reader: Annotated[str, typer.Option(help="auto, turbo, openslide, tiffslide or image.")] = "auto",
+    cluster: ClusterOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document at the end.")] = False,
 ) -> None:
     """Classify slides with a trained run: OUT/predictions.csv, heatmaps and the tiles that mattered.
@@ -71,10 +72,10 @@ def classify(
     """
     from wsi_engine.classification.explanation import ExplainSettings  # noqa: PLC0415
     from wsi_engine.classification.slides import classify as classify_slides  # noqa: PLC0415 - loads torch
-    from wsi_engine.cli.progress import RunDisplay  # noqa: PLC0415
+    from wsi_engine.cli.progress import show_run  # noqa: PLC0415
 
     settings = ExplainSettings(attention, heatmaps, heatmaps, tiles, top)
-    with RunDisplay(console.err) as extracting, ClassifyDisplay(console.err, extracting) as classifying:
+    with show_run(console.err, cluster) as extracting, ClassifyDisplay(console.err, extracting) as classifying:
         report = classify_slides(
             slides,
             model,
@@ -90,6 +91,7 @@ def classify(
             reader=reader,
             progress=classifying,
             extract_progress=extracting,
+            cluster=cluster,
         )
     if as_json:
         console.print_json(report.to_json())
@@ -106,7 +108,7 @@ class ClassifyDisplay(BarDisplay):
     extraction, since only one bar can be live.
     """
 
-    def __init__(self, target: Console, before: RunDisplay) -> None:
+    def __init__(self, target: Console, before: BarDisplay) -> None:
         super().__init__(target, None)
         self._before = before
         self._slides = self._finished = 0

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from wsi_engine.bottleneck import find_bottleneck
 from wsi_engine.cli import console
+from wsi_engine.cli.cluster import ClusterOption
 from wsi_engine.clock import STAGES
 
 if TYPE_CHECKING:
@@ -74,6 +75,7 @@ def extract(
     exact_resample: Annotated[
         bool, typer.Option("--exact-resample", help="Resample by the area filter alone; JPEGs are decoded whole.")
     ] = False,
+    cluster: ClusterOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document at the end.")] = False,
 ) -> None:
     """Extract features of slides into one store each: OUT/<slide_id>.zarr.
@@ -82,9 +84,9 @@ def extract(
     A CSV has a column "slide" and, if wanted, "slide_id" and "mpp".
     """
     from wsi_engine import extraction  # noqa: PLC0415 - torch loads only when it is needed
-    from wsi_engine.cli.progress import RunDisplay  # noqa: PLC0415
+    from wsi_engine.cli.progress import show_run  # noqa: PLC0415
 
-    with RunDisplay(console.err) as display:
+    with show_run(console.err, cluster) as display:
         report = extraction.extract(
             slides,
             out,
@@ -105,6 +107,7 @@ def extract(
             reader=reader,
             exact_resample=exact_resample,
             progress=display,
+            cluster=cluster,
         )
     if as_json:
         console.print_json(report.to_json())

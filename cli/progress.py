@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.progress import ProgressColumn, Task, TextColumn
 from rich.text import Text
 
+from wsi_engine.cli.cluster import ClusterDisplay
 from wsi_engine.cli.display import BarDisplay, make_bar
 from wsi_engine.jobs import SlideResult
 
@@ -15,6 +16,11 @@ _PLAIN_SECONDS = 10.0
 """Least time between two plain lines of one slide."""
 
 _STYLES = {"done": "green", "already complete": "dim", "no tissue": "yellow", "busy": "yellow", "failed": "bold red"}
+
+
+def show_run(console: Console, cluster: str | None) -> RunDisplay | ClusterDisplay:
+    """The display of an extraction: of one slide after another, or of slides side by side on a cluster."""
+    return RunDisplay(console) if cluster is None else ClusterDisplay(console, _describe)
 
 
 class RunDisplay(BarDisplay):
@@ -55,9 +61,7 @@ class RunDisplay(BarDisplay):
 
     def slide_finished(self, result: SlideResult) -> None:
         """A slide ended, well or not."""
-        style = _STYLES[result.status]
-        line = Text.assemble(f"{self._count()} {result.slide_id}: ", (result.status, style), _details(result))
-        self._console.print(line)
+        self._console.print(Text.assemble(f"{self._count()} {result.slide_id}: ", _describe(result)))
         self._finished += 1
 
     def _count(self) -> str:
@@ -65,6 +69,11 @@ class RunDisplay(BarDisplay):
 
     def _line(self, text: str) -> None:
         self._console.print(Text(f"{self._count()} {text}"))
+
+
+def _describe(result: SlideResult) -> Text:
+    """How a slide ended, in words."""
+    return Text.assemble((result.status, _STYLES[result.status]), _details(result))
 
 
 def _details(result: SlideResult) -> str:

@@ -18,6 +18,7 @@ from wsi_engine import FeatureStore, Slide, TissueSettings, extract, lay_grid, o
 from wsi_engine.encoders.base import EncoderCard
 from wsi_engine.errors import EncoderError, InputError, SettingsError, SlideError
 from wsi_engine.extraction import extract_sources, guess_tiles
+from wsi_engine.failures import read_failures
 from wsi_engine.grid import GridSettings
 from wsi_engine.inputs import find_slides
 from wsi_engine.jobs import ExtractSettings, SlideResult
@@ -125,7 +126,14 @@ def test_one_bad_slide_does_not_stop_the_rest(picture: Path, tmp_path: Path) -> 
     assert [result.slide_id for result in report.failed] == ["broken"]
     assert "broken.svs" in report.failed[0].message
     assert not (tmp_path / "out" / "broken.zarr").exists()
-    assert sorted(os.listdir(tmp_path / "out")) == ["picture.zarr", "zz.zarr"]
+    (failure,) = read_failures(tmp_path / "out")
+    assert (failure.slide_id, failure.job, failure.why) == ("broken", "features/mean", report.failed[0].message)
+    assert sorted(path.name for path in (tmp_path / "out").glob("[!.]*")) == ["picture.zarr", "zz.zarr"]
+    # and once the slide is done, nothing says that it failed
+    (picture.parent / "broken.svs").unlink()
+    (picture.parent / "broken.png").write_bytes(picture.read_bytes())
+    extract(picture.parent, tmp_path / "out", MeanEncoder(), **options())  # type: ignore[arg-type]
+    assert sorted(os.listdir(tmp_path / "out")) == ["broken.zarr", "picture.zarr", "zz.zarr"]
 
 
 def test_a_slide_without_tissue_is_complete_and_empty(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -147,13 +155,13 @@ def test_a_slide_without_tissue_is_complete_and_empty(tmp_path: Path, caplog: py
 def test_missing_scale_names_the_flag(picture: Path, tmp_path: Path) -> None:
     report = extract(picture, tmp_path / "out", MeanEncoder(), **options(slide_mpp=None))  # type: ignore[arg-type]
     assert "--slide-mpp" in report.failed[0].message
-    assert os.listdir(tmp_path / "out") == []
+    assert [path.name for path in (tmp_path / "out").iterdir() if not path.name.endswith(".failed.json")] == []
 
 
 def test_a_slide_that_cannot_be_read_leaves_nothing(picture: Path, tmp_path: Path) -> None:
     report = extract(picture, tmp_path / "out", MeanEncoder(), **options(slide_mpp=30))  # type: ignore[arg-type]
     assert "too coarse" in report.failed[0].message
-    assert os.listdir(tmp_path / "out") == []
+    assert [path.name for path in (tmp_path / "out").iterdir() if not path.name.endswith(".failed.json")] == []
 
 
 def test_an_error_of_the_encoder_leaves_nothing_complete(picture: Path, tmp_path: Path) -> None:
@@ -398,9 +406,12 @@ def test_a_slide_that_breaks_half_way_stops_no_other(
         "picture": "done",
     }
     assert "ends early" in report.failed[0].message
-    assert sorted(os.listdir(tmp_path / "out")) == ["b.zarr", "c.zarr", "picture.zarr"]  # and no lease
+    assert [failure.slide_id for failure in read_failures(tmp_path / "out")] == ["c"]
+    assert sorted(path.name for path in (tmp_path / "out").glob("[!.]*")) == ["b.zarr", "c.zarr", "picture.zarr"]
+    assert not list((tmp_path / "out").glob(".*lease*"))
     again = extract(picture.parent, tmp_path / "out", MeanEncoder(), **options())  # type: ignore[arg-type]
     assert [result.status for result in again.results] == ["already complete", "done", "already complete"]
+    assert not read_failures(tmp_path / "out")
     assert data_files(tmp_path / "out" / "c.zarr") == data_files(tmp_path / "out" / "b.zarr")
 
 

@@ -42,7 +42,10 @@ def test_links_resolve() -> None:
         assert link.resolve() == ROOT / name
 
 
-PARTS = ("readers", "encoders", "formats", "metrics", "cohorts", "training", "evaluation", "classification", "nuclei")
+PARTS = (
+    "readers", "encoders", "formats", "metrics", "cohorts", "training", "evaluation", "classification", "nuclei",
+    "integrity", "studies", "cluster",
+)  # fmt: skip
 """Packages of the flow."""
 
 FOLDERS = ("", *PARTS, "kernels", "models", "models/heads")
@@ -90,7 +93,10 @@ def test_a_built_wheel_holds_every_module_and_imports(wheel: Path, tmp_path: Pat
     for folder in (*FOLDERS, "cli"):
         for path in modules(ROOT / "wsi_engine" / folder):
             assert str(Path("wsi_engine", folder, path.name)) in names
-    assert "wsi_engine/py.typed" in names
+    assert {
+        "wsi_engine/py.typed",
+        *(f"wsi_engine/nuclei/weights/student.{end}" for end in ("safetensors", "md")),
+    } <= names
     assert not any(name.startswith(("kernels/", "models/", "cli/")) for name in names)
     code = "import wsi_engine, wsi_engine.kernels, wsi_engine.models, wsi_engine.cli; print(wsi_engine.__file__)"
     done = subprocess.run(
@@ -136,10 +142,11 @@ def test_exported_names_are_documented() -> None:
 
 
 FLOW = (
-    "version", "errors", "checks", "metrics", "clock", "bottleneck", "workers", "memory",
-    "readers", "fingerprint", "sampling", "slide", "tissue", "grid", "feed", "stream", "inputs",
-    "encoders", "shards", "store", "writer", "lease", "jobs", "extraction", "bench", "formats", "picture",
-    "runs", "bags", "cohorts", "predictions", "training", "classification", "evaluation", "nuclei",
+    "version", "errors", "extents", "checks", "metrics", "clock", "bottleneck", "workers", "memory", "readers",
+    "fingerprint", "sampling", "slide", "tissue", "grid", "feed", "stream", "inputs", "encoders", "shards",
+    "store", "writer", "lease", "failures", "cluster", "jobs", "encoding", "remote", "distribution", "extraction",
+    "bench", "picture", "runs", "bags", "cohorts", "predictions", "training", "classification", "evaluation",
+    "nuclei", "formats", "integrity", "studies",
 )  # fmt: skip
 """Modules in the order of the flow: each imports only what stands before it."""
 

@@ -26,11 +26,17 @@ if TYPE_CHECKING:
     from wsi_engine.evaluation import Comparison, Evaluation, compare_runs, evaluate_run, write_evaluation
     from wsi_engine.extraction import ExtractReport, extract
     from wsi_engine.grid import TileGrid, lay_grid
+    from wsi_engine.integrity import CheckReport, check_stores
+    from wsi_engine.nuclei.instances import InstanceSet
+    from wsi_engine.nuclei.keeping import read_nuclei
+    from wsi_engine.nuclei.segmentation import segment_nuclei
+    from wsi_engine.nuclei.slides import segment_slides
     from wsi_engine.picture import draw_overview, save_picture
     from wsi_engine.predictions import PredictionTable
     from wsi_engine.slide import Slide, open_slide
     from wsi_engine.store import FeatureStore
     from wsi_engine.stream import TileBatch, stream_tiles
+    from wsi_engine.studies.cohort import Cohort
     from wsi_engine.tissue import TissueMask, TissueSettings, detect_tissue
     from wsi_engine.training import (
         FittedFold,
@@ -46,6 +52,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "ArrayBags": "bags",
+    "Cohort": "studies.cohort",
     "ClassifyReport": "classification.outcomes",
     "Ensemble": "classification.ensemble",
     "ExplainSettings": "classification.explanation",
@@ -74,6 +81,12 @@ _HOMES = {
     "evaluate_run": "evaluation",
     "write_evaluation": "evaluation",
     "PredictionTable": "predictions",
+    "InstanceSet": "nuclei.instances",
+    "read_nuclei": "nuclei.keeping",
+    "CheckReport": "integrity",
+    "check_stores": "integrity",
+    "segment_nuclei": "nuclei.segmentation",
+    "segment_slides": "nuclei.slides",
     "Encoder": "encoders.base",
     "EncoderCard": "encoders.base",
     "ExtractReport": "extraction",
@@ -114,6 +127,7 @@ __all__ = [  # noqa: RUF022 - in the order of the flow
     "extract",
     "ExtractReport",
     "FeatureStore",
+    "Cohort",
     "Roster",
     "SplitSettings",
     "Fold",
@@ -143,6 +157,12 @@ __all__ = [  # noqa: RUF022 - in the order of the flow
     "load_ensemble",
     "Ensemble",
     "Prediction",
+    "segment_nuclei",
+    "segment_slides",
+    "InstanceSet",
+    "read_nuclei",
+    "check_stores",
+    "CheckReport",
     "draw_overview",
     "save_picture",
     "WsiError",

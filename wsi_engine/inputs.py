@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 from wsi_engine.errors import InputError
 from wsi_engine.readers.base import is_url, local_path
@@ -44,7 +45,11 @@ class SlideSource:
     mpp: float | None = None
 
 
-def find_slides(inputs: Iterable[str | os.PathLike[str]], mpp: float | None = None) -> list[SlideSource]:
+SlideInput: TypeAlias = str | os.PathLike[str] | SlideSource
+"""A slide, folder, CSV or URL, or a slide with its name and scale."""
+
+
+def find_slides(inputs: Iterable[SlideInput], mpp: float | None = None) -> list[SlideSource]:
     """List the slides that files, folders, CSVs and URLs name, in the order given (folders by name).
 
     A folder is searched with its subfolders for :data:`SLIDE_SUFFIXES`; of a folder with DICOM files the first is
@@ -61,6 +66,10 @@ def find_slides(inputs: Iterable[str | os.PathLike[str]], mpp: float | None = No
     """
     sources: list[SlideSource] = []
     for item in inputs:
+        if isinstance(item, SlideSource):
+            scale = mpp if item.mpp is None else item.mpp
+            sources.append(SlideSource(item.path, check_slide_id(item.slide_id, item.path), scale))
+            continue
         path = local_path(os.fspath(item))
         if not is_url(path) and path.lower().endswith(".csv"):
             sources += _read_csv(Path(path), mpp)

@@ -20,9 +20,9 @@ from wsi_engine.errors import BusyError, MismatchError, SettingsError, WsiError
 from wsi_engine.feed import TileSource
 from wsi_engine.grid import GridSettings, TileGrid, TissueChoice, lay_grid_on, tissue_settings
 from wsi_engine.inputs import SlideSource
-from wsi_engine.lease import hold_lease
+from wsi_engine.lease import Pause, hold_lease
 from wsi_engine.slide import Slide, open_slide
-from wsi_engine.store import FeatureStore, SlideRecord
+from wsi_engine.store import FeatureStore, SlideRecord, features_key
 from wsi_engine.tissue import TissueMask, detect_tissue
 from wsi_engine.writer import FeatureIdentity, FeatureWriter
 
@@ -83,6 +83,42 @@ class SlideResult:
     seconds: dict[str, float] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Share:
+    """What one job takes of a slide whose rows are spread over several.
+
+    Attributes:
+        rows: of the grid, whole stored batches; None for all. A job of some rows leaves the array for a later one to
+            complete.
+        most: rows that one job takes on: a slide with more that are missing is refused with :class:`LargeSlide`.
+    """
+
+    rows: range | None = None
+    most: int | None = None
+
+    def lease_name(self, slide_id: str) -> str:
+        """The lease that keeps others from the same rows."""
+        return f".{slide_id}.lease" if self.rows is None else f".{slide_id}.{self.rows.start}-{self.rows.stop}.lease"
+
+
+WHOLE = Share()
+"""All of a slide."""
+
+
+class LargeSlide(Exception):
+    """A slide has more to encode than one job takes; its store, its grid and an array to write into are there.
+
+    Attributes:
+        tiles: rows of its grid.
+        missing: rows that are to be encoded.
+        parts: ranges of rows with something missing, cut at stored batches.
+    """
+
+    def __init__(self, tiles: int, missing: int, parts: tuple[range, ...]) -> None:
+        super().__init__(tiles, missing, parts)
+        self.tiles, self.missing, self.parts = tiles, missing, parts
+
+
 class SlideJob:
     """One slide that is open, laid out and held by this process's lease until :meth:`close`.
 
@@ -90,11 +126,19 @@ class SlideJob:
     """
 
     def __init__(
-        self, source: SlideSource, out: Path, encoder: Encoder, settings: ExtractSettings, pool: Executor
+        self,
+        source: SlideSource,
+        out: Path,
+        encoder: Encoder,
+        settings: ExtractSettings,
+        pool: Executor,
+        pause: Pause | None = None,
+        share: Share = WHOLE,
     ) -> None:
-        """Open the slide and its store, and find what is missing there.
+        """Open the slide and its store, and find what is missing there; ``pause`` is that of the slide's lease.
 
         Raises:
+            LargeSlide: more is missing than ``share`` allows.
             BusyError: another process writes this slide.
             WsiError: the slide or its store cannot be used; nothing is left open.
         """
@@ -103,17 +147,23 @@ class SlideJob:
         """How it ended, once it has."""
         self._path = out / f"{source.slide_id}.zarr"
         self._begun: float | None = None
+        self._share = share
         with ExitStack() as stack:
             self.slide = stack.enter_context(open_slide(source.path, source.mpp, settings.reader))
             record = SlideRecord.of(self.slide, source.slide_id)
-            stack.enter_context(hold_lease(out / f".{source.slide_id}.lease"))
+            job = features_job(encoder.card.name)
+            lease = stack.enter_context(hold_lease(out / share.lease_name(source.slide_id), job, pause))
             self._store, self.grid = open_store(self._path, record, self.slide, settings, pool)
             identity = FeatureIdentity(
                 encoder.card, settings.grid.name, self.grid, encoder.precision, settings.dtype, settings.exact_resample
             )
-            self._writer = FeatureWriter(self._store, identity, settings.batch_size)
+            self._writer = FeatureWriter(self._store, identity, settings.batch_size, lease.check)
             self.already_complete = self._writer.complete
-            self.tiles = TileSource(self.slide, self.grid, self._writer.missing_rows(), settings.exact_resample)
+            missing = self._writer.missing_rows(share.rows)
+            if share.most is not None and len(missing) > share.most:
+                self._writer.begin()
+                raise LargeSlide(len(self.grid), len(missing), _cut(missing, share.most, self._writer.batch_size))
+            self.tiles = TileSource(self.slide, self.grid, missing, settings.exact_resample)
             self._opened = stack.pop_all()
 
     def begin(self) -> None:
@@ -139,7 +189,7 @@ class SlideJob:
         """End the job with an error; what is stored so far stays for the next run."""
         if self.result is None:
             self.tiles.stop()
-            self.result = self._end("failed", str(error))
+            self.result = self._end("busy" if isinstance(error, BusyError) else "failed", str(error))
 
     def close(self) -> SlideResult:
         """Complete the features unless the job has failed, and give back the slide and its lease."""
@@ -160,6 +210,8 @@ class SlideJob:
     def _finish(self) -> SlideResult:
         if self.already_complete:
             return self._end("already complete")
+        if self._share.rows is not None:
+            return self._end("done")
         self._writer.finish(self.slide.clock.seconds())
         return self._end("done") if len(self.grid) else self._end("no tissue", _explain_empty(self._store))
 
@@ -168,13 +220,24 @@ class SlideJob:
             self.source.slide_id,
             self.source.path,
             status,
-            0 if status == "failed" else len(self.grid),
-            "" if status == "failed" else str(self._path),
+            0 if status in ("failed", "busy") else len(self.grid),
+            "" if status in ("failed", "busy") else str(self._path),
             message,
             self.slide.reader,
             time.perf_counter() - self._begun if self._begun else 0.0,
             self.slide.clock.seconds(),
         )
+
+
+def _cut(missing: NDArray[np.int64], most: int, batch_size: int) -> tuple[range, ...]:
+    """Ranges of whole batches and at most ``most`` rows (or one batch) in which rows are missing, at fixed places."""
+    side = max(1, most // batch_size) * batch_size
+    return tuple(range(number * side, (number + 1) * side) for number in np.unique(missing // side).tolist())
+
+
+def features_job(encoder: str) -> str:
+    """What the features of an encoder are called where jobs are told apart: their place in a store."""
+    return f"features/{features_key(encoder)}"
 
 
 def open_store(
@@ -228,10 +291,11 @@ class JobQueue:
     """Makes the jobs of a run in a thread of its own, a few ahead of their turn.
 
     A feed takes their tiles (:class:`~wsi_engine.feed.Sources`). Slides with nothing to encode never come out of
-    :meth:`next`; how they ended is in :attr:`ended`, as is that of slides that could not be opened.
+    :meth:`next`; how they ended is in :attr:`ended`, as is that of slides that could not be opened. Slides that other
+    processes write are tried once more at the end: by then they may be done, or their writers dead.
     """
 
-    def __init__(self, sources: list[SlideSource], make: Callable[[SlideSource], SlideJob]) -> None:
+    def __init__(self, sources: list[SlideSource], make: Callable[[SlideSource, Pause | None], SlideJob]) -> None:
         self._make = make
         self._queue: Queue[SlideJob | BaseException | None] = Queue(PREPARED_AHEAD)
         self._stopped = threading.Event()
@@ -274,28 +338,30 @@ class JobQueue:
 
     def _run(self, sources: list[SlideSource]) -> None:
         try:
-            for source in sources:
-                if self._stopped.is_set():
-                    return
-                job = self._prepare(source)
-                if job:
-                    self._put(job)
+            held = [source for source in sources if not self._prepare(source, None)]
+            for source in held:
+                self._prepare(source, self._stopped.wait)
             self._put(None)
         except BaseException as error:
             self._put(error)
 
-    def _prepare(self, source: SlideSource) -> SlideJob | None:
-        """The slide's job, or None where it ended already."""
+    def _prepare(self, source: SlideSource, pause: Pause | None) -> bool:
+        """Make a slide's job and put it into the queue; False where its lease is held and is to be tried again."""
+        if self._stopped.is_set():
+            return True
         try:
-            job = self._make(source)
+            job = self._make(source, pause)
         except WsiError as error:
-            status: Status = "busy" if isinstance(error, BusyError) else "failed"
-            self.ended.put(SlideResult(source.slide_id, source.path, status, message=str(error)))
-            return None
+            busy = isinstance(error, BusyError)
+            if busy and pause is None:
+                return False
+            self.ended.put(SlideResult(source.slide_id, source.path, "busy" if busy else "failed", message=str(error)))
+            return True
         if len(job.tiles.rows):
-            return job
-        self.ended.put(job.close())
-        return None
+            self._put(job)
+        else:
+            self.ended.put(job.close())
+        return True
 
     def _put(self, job: SlideJob | BaseException | None) -> None:
         while not self._stopped.is_set():

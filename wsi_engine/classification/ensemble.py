@@ -294,7 +294,7 @@ def _load_fold(file: Path) -> _Loaded:
         features = FeatureOrigin(**card["features"])
         temperature = _read_temperature(card)
         source = _read_source(card, features, file.parent)
-    except (KeyError, TypeError, ValueError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise ModelError(
             f"{file} does not tell which features and classes it was trained on ({type(error).__name__}: {error}): "
             "give a run of wsi train, or a head saved by one"

@@ -19,7 +19,7 @@ from wsi_engine.grid import TileGrid
 from wsi_engine.lease import hold_lease
 from wsi_engine.picture import save_picture
 from wsi_engine.slide import Slide, open_slide
-from wsi_engine.store import FeatureStore, SlideRecord
+from wsi_engine.store import FeatureStore, SlideRecord, features_key
 from wsi_engine.version import __version__
 
 
@@ -61,6 +61,11 @@ class Explained:
 
     files: dict[str, str]
     note: str = ""
+
+
+def attention_job(run: str) -> str:
+    """What the attention of a run is called where jobs are told apart: its place in a store."""
+    return f"attention/{features_key(run)}"
 
 
 def make_folders(out: Path, settings: ExplainSettings) -> None:
@@ -122,7 +127,7 @@ def _keep_attention(target: Target, store: FeatureStore, prediction: Prediction,
         "features": asdict(model.features),
         "engine_version": __version__,
     }
-    with hold_lease(target.store.parent / f".{target.slide_id}.lease"):
+    with hold_lease(target.store.parent / f".{target.slide_id}.lease", attention_job(model.name)):
         FeatureStore.create(store.path, store.slide).write_attention(model.name, prediction.attention, record)
 
 

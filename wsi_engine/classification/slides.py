@@ -20,7 +20,13 @@ from numpy.typing import NDArray
 
 from wsi_engine.bags import StoredBags
 from wsi_engine.classification.ensemble import Ensemble, load_ensemble
-from wsi_engine.classification.explanation import Explained, ExplainSettings, explain_prediction, make_folders
+from wsi_engine.classification.explanation import (
+    Explained,
+    ExplainSettings,
+    attention_job,
+    explain_prediction,
+    make_folders,
+)
 from wsi_engine.classification.outcomes import ClassifyReport, PredictionsFile, SlideClass
 from wsi_engine.classification.prediction import Prediction
 from wsi_engine.classification.targets import (
@@ -31,8 +37,10 @@ from wsi_engine.classification.targets import (
     extract_missing,
     find_targets,
 )
-from wsi_engine.errors import MismatchError, WsiError
+from wsi_engine.cluster.session import Cluster, open_session
+from wsi_engine.errors import MismatchError, ModelError, WsiError
 from wsi_engine.extraction import Progress
+from wsi_engine.failures import record_outcome
 from wsi_engine.store import FeatureStore
 from wsi_engine.workers import usable_cores
 
@@ -69,6 +77,7 @@ def classify(
     reader: str = "auto",
     progress: ClassifyProgress | None = None,
     extract_progress: Progress | None = None,
+    cluster: Cluster | None = None,
 ) -> ClassifyReport:
     """Classify slides with the heads of a training run.
 
@@ -94,8 +103,10 @@ def classify(
         reader: ``auto`` or one reader's name, for the extraction.
         progress: told how the classification goes.
         extract_progress: told how the extraction goes.
+        cluster: as in :func:`~wsi_engine.extraction.extract`; the model is given by its path then.
 
     Raises:
+        ClusterError: the cluster cannot be reached or started, or went away for too long.
         ModelError: the run cannot be used, or the encoder's weights are not those of its training set.
         InputError: the list of slides cannot be used, or ``out`` cannot be written or holds predictions of another
             model.
@@ -106,27 +117,63 @@ def classify(
     folder = Path(out)
     stores = Path(features) if features is not None else folder / "features"
     targets = find_targets(slides, stores, slide_mpp)
+    if cluster is not None and isinstance(model, Ensemble):
+        raise ModelError("a model that is loaded cannot go to a cluster; give the folder of its run")
     ensemble = model if isinstance(model, Ensemble) else load_ensemble(model, device, precision)
     make_folders(folder, settings)
     table = PredictionsFile(folder / "predictions.csv", ensemble.classes, ensemble.digest)
     options = ExtractOptions(None if weights is None else os.fspath(weights), device, batch_size, workers, reader)
-    failures = extract_missing(targets, stores, ensemble.sources, options, extract_progress)
-    if progress:
-        progress.run_started(len(targets))
-    start = time.perf_counter()
+    with ExitStack() as stack:
+        session = None if cluster is None else stack.enter_context(open_session(cluster))
+        failures = extract_missing(targets, stores, ensemble.sources, options, extract_progress, session)
+        if progress:
+            progress.run_started(len(targets))
+        start = time.perf_counter()
+        if session is None or isinstance(model, Ensemble):
+            ended = _classify_all(targets, failures, ensemble, folder, settings)
+        else:
+            from wsi_engine.classification.distribution import (  # noqa: PLC0415 - it needs this module
+                EnsemblePlan,
+                classify_on_cluster,
+            )
+
+            plan = EnsemblePlan(os.path.abspath(model), ensemble.digest, device, ensemble.precision)
+            ended = classify_on_cluster(targets, failures, plan, folder, settings, session)
+        results = _keep_all(ended, targets, ensemble, table, progress)
+    return ClassifyReport(
+        ensemble.name, ensemble.digest, ensemble.classes, ensemble.folds, ensemble.precision, tuple(results),
+        time.perf_counter() - start,
+    )  # fmt: skip
+
+
+def _keep_all(
+    ended: Iterator[SlideClass],
+    targets: Sequence[Target],
+    ensemble: Ensemble,
+    table: PredictionsFile,
+    progress: ClassifyProgress | None,
+) -> list[SlideClass]:
+    """Take in slides as they end: into the table, the failures that are written down, and the progress."""
+    places = {target.slide_id: target for target in targets}
     results = []
     try:
-        for result in _classify_all(targets, failures, ensemble, folder, settings):
+        for result in ended:
             results.append(result)
+            store = places[result.slide_id].store
+            record_outcome(store.parent, result.slide_id, attention_job(ensemble.name), result.status, result.message)
             table.add(result)
             if progress:
                 progress.slide_finished(result)
     finally:
         table.write()
-    return ClassifyReport(
-        ensemble.name, ensemble.digest, ensemble.classes, ensemble.folds, ensemble.precision, tuple(results),
-        time.perf_counter() - start,
-    )  # fmt: skip
+    return results
+
+
+def classify_target(target: Target, model: Ensemble, out: Path, settings: ExplainSettings) -> SlideClass:
+    """Classify and explain one slide whose features are there; what goes wrong is in the result."""
+    loaded = _or_message(lambda: _load_features(target, model.sources))
+    prediction = loaded if isinstance(loaded, str) else _predict(target, loaded, model)
+    return _finish(target, prediction, model, out, settings)
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,20 +8,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias
 
+from wsi_engine.cluster.session import Session
 from wsi_engine.cohorts.roster import Roster
-from wsi_engine.encoders import create_encoder
+from wsi_engine.distribution import extract_on_cluster, find_encoder
 from wsi_engine.encoders.base import Encoder
+from wsi_engine.encoders.plan import EncoderPlan
 from wsi_engine.errors import EncoderError, InputError, ModelError, StoreError, WeightsError
 from wsi_engine.extraction import Progress, extract_sources
 from wsi_engine.grid import GridSettings
-from wsi_engine.inputs import SlideSource, check_slide_id, find_slides
+from wsi_engine.inputs import SlideInput, SlideSource, check_slide_id, find_slides
 from wsi_engine.jobs import ExtractSettings
+from wsi_engine.remote import RemoteEncoder
 from wsi_engine.runs import FeatureOrigin
 from wsi_engine.store import FeatureStore, features_key
 from wsi_engine.tissue import TissueSettings
 
-CaseSource: TypeAlias = str | os.PathLike[str] | FeatureStore
-"""A slide, a store, a folder of either, a CSV, or an open store."""
+CaseSource: TypeAlias = SlideInput | FeatureStore
+"""A slide, a store, a folder of either, a CSV, a slide with its name and scale, or an open store."""
 
 
 @dataclass(frozen=True)
@@ -78,9 +81,14 @@ def find_targets(
     Raises:
         InputError: nothing was named, a folder or CSV holds no slide, or two slides have one id.
     """
-    named = [sources] if isinstance(sources, str | os.PathLike | FeatureStore) else list(sources)
+    if isinstance(sources, str | os.PathLike | SlideSource | FeatureStore):
+        sources = [sources]
     targets: list[Target] = []
-    for source in named:
+    for source in sources:
+        if isinstance(source, SlideSource):
+            (slide,) = find_slides([source], slide_mpp)
+            targets.append(Target(slide.slide_id, features / f"{slide.slide_id}.zarr", slide))
+            continue
         path = Path(source.path) if isinstance(source, FeatureStore) else Path(os.fspath(source))
         if path.suffix == ".zarr":
             targets.append(_from_store(path))
@@ -104,6 +112,7 @@ def extract_missing(
     sources: Sequence[FeatureSource],
     options: ExtractOptions,
     progress: Progress | None = None,
+    session: Session | None = None,
 ) -> dict[str, str]:
     """Extract what a model takes for the slides that have none yet: all slides in one stream for each source.
 
@@ -124,7 +133,7 @@ def extract_missing(
     for source, lacking in missing.items():
         slides = [target.slide for target in lacking if target.slide and target.slide_id not in failures]
         if slides:
-            failures |= _extract(slides, features, source, options, rounds)
+            failures |= _extract(slides, features, source, options, rounds, session)
     return failures
 
 
@@ -151,9 +160,10 @@ def _extract(
     source: FeatureSource,
     options: ExtractOptions,
     progress: Progress | None,
+    session: Session | None,
 ) -> dict[str, str]:
-    """Extract features of one kind; by slide id, why a slide has none even now."""
-    encoder, model = _load_encoder(source, options), source.origin
+    """Extract features of one kind, here or on a cluster; by slide id, why a slide has none even now."""
+    encoder, model = _load_encoder(source, options, session), source.origin
     try:
         features.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -163,7 +173,11 @@ def _extract(
         GridSettings(model.mpp, model.tile_px, stride, source.min_tissue), source.tissue,
         batch_size=options.batch_size, workers=options.workers, reader=options.reader,
     )  # fmt: skip
-    report = extract_sources(slides, features, encoder, settings, progress)
+    if isinstance(encoder, RemoteEncoder):
+        assert session is not None
+        report = extract_on_cluster(slides, features, encoder, settings, session, progress)
+    else:
+        report = extract_sources(slides, features, encoder, settings, progress)
     return {
         result.slide_id: result.message or f"its features could not be extracted ({result.status})"
         for result in report.results
@@ -171,20 +185,20 @@ def _extract(
     }
 
 
-def _load_encoder(source: FeatureSource, options: ExtractOptions) -> Encoder:
+def _load_encoder(source: FeatureSource, options: ExtractOptions, session: Session | None) -> Encoder | RemoteEncoder:
     """The model's encoder in the precision of its training set where the device has it; its weights are checked."""
     model = source.origin
     precision = model.precision.partition("+")[0]
     if precision not in ("fp32", "bf16", "fp16"):
         precision = "auto"
     try:
-        encoder = _make_encoder(source, options, precision)
+        encoder = _make_encoder(source, options, precision, session)
     except WeightsError:
         raise
     except EncoderError:
         if precision == "auto":
             raise
-        encoder = _make_encoder(source, options, "auto")
+        encoder = _make_encoder(source, options, "auto", session)
     found = encoder.card.weights_digest
     if found != model.weights_digest:
         raise ModelError(
@@ -194,12 +208,13 @@ def _load_encoder(source: FeatureSource, options: ExtractOptions) -> Encoder:
     return encoder
 
 
-def _make_encoder(source: FeatureSource, options: ExtractOptions, precision: str) -> Encoder:
-    if source.tuned is None:
-        return create_encoder(source.origin.encoder, options.weights, options.device, precision)
-    from wsi_engine.encoders.prompted import create_tuned_encoder  # noqa: PLC0415 - loads torch
-
-    return create_tuned_encoder(source.tuned, None, options.weights, options.device, precision)
+def _make_encoder(
+    source: FeatureSource, options: ExtractOptions, precision: str, session: Session | None
+) -> Encoder | RemoteEncoder:
+    tuned = None if source.tuned is None else str(source.tuned)
+    name = source.origin.encoder if tuned is None else None
+    plan = EncoderPlan(name, options.weights, tuned, options.device, precision)
+    return plan.create() if session is None else find_encoder(session, plan)
 
 
 def _lacks(store: Path, encoder: str) -> bool:

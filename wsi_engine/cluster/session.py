@@ -1,0 +1,237 @@
+"""A connection to a Dask cluster that outlives its scheduler."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from typing import TYPE_CHECKING, Any, TypeAlias
+from urllib.parse import urlsplit
+
+from wsi_engine.cluster.choice import ClusterChoice
+from wsi_engine.errors import ClusterError
+from wsi_engine.workers import usable_cores
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+log = logging.getLogger("wsi_engine")
+
+Cluster: TypeAlias = "str | ClusterChoice | Client"
+"""What a run may be spread over; a text is what ``--cluster`` takes."""
+
+_CONNECT_SECONDS = 10.0
+_LONGEST_PAUSE = 15.0
+_PATIENCE = 30.0
+"""Seconds without a worker after which the user is told what is waited for."""
+
+
+class Session:
+    """A client of a cluster, made anew when its scheduler went away and came back."""
+
+    def __init__(self, choice: ClusterChoice, connect: Callable[[float], Client], peers: int | None = None) -> None:
+        """Connect.
+
+        Args:
+            choice: which cluster.
+            connect: makes a client within so many seconds.
+            peers: workers that share the cores of one machine, or of one job; None: to be counted.
+
+        Raises:
+            ClusterError: nobody answers.
+        """
+        self.choice = choice
+        self._connect = connect
+        self._peers = peers
+        try:
+            self.client = connect(_CONNECT_SECONDS)
+        except (OSError, ValueError) as error:
+            raise ClusterError(
+                f"cannot reach the Dask scheduler {choice} ({_first_line(error)}): start it, or check its address"
+            ) from error
+
+    @property
+    def lost(self) -> bool:
+        """Whether the scheduler is out of reach."""
+        return bool(self.client.status != "running")
+
+    def renew(self) -> None:
+        """Connect again, with longer and longer pauses, until the scheduler is back.
+
+        Raises:
+            ClusterError: it stays away for longer than the choice's ``reconnect_seconds``.
+        """
+        choice = self.choice
+        log.warning("the Dask scheduler %s is out of reach: waiting for it", choice)
+        deadline, pause = time.monotonic() + choice.reconnect_seconds, 0.5
+        while True:
+            if self._renewed(min(_CONNECT_SECONDS, max(1.0, deadline - time.monotonic()))):
+                log.warning("the Dask scheduler %s is back: what is missing is done there", choice)
+                return
+            if time.monotonic() > deadline:
+                raise ClusterError(
+                    f"the Dask scheduler {choice} went away and did not come back within "
+                    f"{choice.reconnect_seconds:.0f} s: start it and run the same command again; what is done is kept"
+                )
+            time.sleep(min(pause, max(0.1, deadline - time.monotonic())))
+            pause = min(2 * pause, _LONGEST_PAUSE)
+
+    def _renewed(self, seconds: float) -> bool:
+        if self.choice.kind == "client":  # the caller's: it connects by itself, or is closed
+            return not self.lost
+        with suppress(Exception):  # it is broken already
+            self.client.close(timeout=2)
+        try:
+            self.client = self._connect(seconds)
+        except (OSError, ValueError):
+            return False
+        return True
+
+    def wait_for_worker(self) -> None:
+        """Wait until there is a worker, and tell the user where that takes long."""
+        told = time.monotonic() + _PATIENCE
+        while not self._workers():
+            if time.monotonic() > told:
+                log.warning("no worker has come to the Dask cluster %s yet: waiting for one", self.choice)
+                told = float("inf")
+            time.sleep(0.2)
+
+    def count_workers(self) -> int:
+        """Workers there are now, at least 1."""
+        return max(1, len(self._workers()))
+
+    @property
+    def threads(self) -> int | None:
+        """Cores that one worker may use, where the workers run on this machine; None: it finds out by :attr:`peers`."""
+        local = self.choice.kind == "local" and self.choice.workers
+        return max(1, usable_cores() // local) if local else None
+
+    @property
+    def peers(self) -> int:
+        """Workers that share the cores of one machine, at most."""
+        if self._peers is not None:
+            return self._peers
+        return max(Counter(urlsplit(address).hostname for address in self._workers()).values(), default=1)
+
+    def find_resources(self, device: str) -> dict[str, float]:
+        """What a task that runs on a device asks of a worker: a GPU, if need be and where workers have said so."""
+        offered = any("GPU" in (worker.get("resources") or {}) for worker in self._workers().values())
+        return {"GPU": 1.0} if offered and (device == "auto" or device.startswith("cuda")) else {}
+
+    def _workers(self) -> dict[str, Any]:
+        """What the scheduler tells of its workers, by address; empty where it is out of reach."""
+        try:
+            try:
+                info = self.client.scheduler_info(n_workers=-1)
+            except TypeError:  # of an earlier version, which tells all
+                info = self.client.scheduler_info()
+        except OSError:
+            return {}
+        return dict(info.get("workers", {}))
+
+
+@contextmanager
+def open_session(cluster: Cluster) -> Iterator[Session]:
+    """Connect to a cluster, or start one, for the ``with`` block.
+
+    Raises:
+        SettingsError: the text names no cluster.
+        ClusterError: Dask is not installed, the scheduler does not answer, or a cluster cannot be started.
+    """
+    choice = ClusterChoice.parse(cluster) if isinstance(cluster, str) else cluster
+    try:
+        from distributed import Client  # noqa: PLC0415 - an extra, and slow to load
+    except ImportError as error:
+        raise ClusterError('--cluster needs Dask: pip install "wsi-engine[cluster]"') from error
+    with ExitStack() as stack:
+        if isinstance(choice, Client):
+            given = choice
+            yield Session(ClusterChoice("client"), lambda seconds: given)
+            return
+        session = _start(choice, stack)
+        try:
+            yield session
+        finally:
+            with suppress(Exception):  # a scheduler that is gone needs no farewell
+                session.client.close(timeout=5)
+
+
+def _start(choice: ClusterChoice, stack: ExitStack) -> Session:
+    """A session with the cluster of a choice, which is started where need be and stopped by the stack."""
+    from distributed import Client  # noqa: PLC0415
+
+    peers = None
+    if choice.kind in ("local", "slurm"):
+        made = _start_local(choice) if choice.kind == "local" else _start_slurm(choice)
+        cluster = stack.enter_context(made)
+        address: dict[str, Any] = {"address": cluster}
+        if choice.kind == "slurm":
+            peers = cluster._dummy_job.worker_processes
+    else:
+        address = {"scheduler_file" if choice.kind == "file" else "address": choice.address}
+    return Session(choice, lambda seconds: Client(**address, timeout=seconds, set_as_default=False), peers)
+
+
+def _start_local(choice: ClusterChoice) -> Any:
+    """Worker processes on this machine, of one task each."""
+    import dask  # noqa: PLC0415
+    from distributed import LocalCluster  # noqa: PLC0415
+
+    settings = {
+        # no task waits on a worker that another might begin, nor is killed with one that it only stands behind
+        "distributed.scheduler.worker-saturation": 1.0,
+        "distributed.worker.preload": [*_configured("distributed.worker.preload"), "wsi_engine.cluster.interrupts"],
+    }
+    with dask.config.set(settings):
+        return LocalCluster(
+            n_workers=choice.workers,
+            threads_per_worker=1,
+            processes=True,
+            memory_limit=None,  # the engine bounds its memory by itself
+            dashboard_address=":0",
+            silence_logs=logging.ERROR,
+        )
+
+
+def _start_slurm(choice: ClusterChoice) -> Any:
+    """Jobs of Slurm, as the user's ``jobqueue.yaml`` describes them."""
+    if shutil.which("sbatch") is None:
+        raise ClusterError("--cluster slurm needs the command sbatch, which is not here: run it where jobs are sent")
+    cluster = make_slurm_cluster()
+    cluster.scale(jobs=choice.workers)
+    return cluster
+
+
+def make_slurm_cluster() -> Any:
+    """A ``dask_jobqueue.SLURMCluster`` by the user's ``jobqueue.yaml`` whose workers take one task at a time.
+
+    Raises:
+        ClusterError: dask-jobqueue is not installed, or the configuration lacks something.
+    """
+    try:
+        from dask_jobqueue.slurm import SLURMCluster  # noqa: PLC0415
+    except ImportError as error:
+        raise ClusterError('--cluster slurm needs dask-jobqueue: pip install "wsi-engine[cluster]"') from error
+    configured = _configured("jobqueue.slurm.worker-extra-args")
+    try:
+        # of two --nthreads the last counts: a worker's other cores belong to the threads of its one task
+        return SLURMCluster(worker_extra_args=[*configured, "--nthreads", "1"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise ClusterError(
+            f"the jobs of --cluster slurm are not described well ({_first_line(error)}): set cores, memory and "
+            "walltime under jobqueue.slurm in ~/.config/dask/jobqueue.yaml"
+        ) from error
+
+
+def _configured(key: str) -> list[str]:
+    """A list in Dask's configuration."""
+    import dask  # noqa: PLC0415
+
+    return list(dask.config.get(key, None) or [])
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
