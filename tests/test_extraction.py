@@ -283,19 +283,23 @@ def test_kill_at_any_moment_and_run_again(picture: Path, tmp_path: Path) -> None
     expected = data_files(tmp_path / "whole" / "picture.zarr")
     rng = np.random.default_rng(3)
     out = tmp_path / "killed"
+    store = out / "picture.zarr"
+    partial = store / "features" / "texture" / "partial"
     resumed = 0
-    for moment in rng.uniform(0.0, 1.0, 5):
+    for number, moment in enumerate(rng.uniform(0.0, 1.0, 5)):  # the first wherever it is, the others among the batches
         with subprocess.Popen(
             [sys.executable, "-c", _SLOW_RUN, str(picture), str(out)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
         ) as process:
             assert process.stdout is not None
             process.stdout.readline()
+            patience = time.monotonic() + 60
+            while number > 0 and not partial.exists() and process.poll() is None and time.monotonic() < patience:
+                time.sleep(0.01)
             time.sleep(moment)
             process.send_signal(signal.SIGKILL)
-        store = out / "picture.zarr"
         if (store / "zarr.json").exists():
             assert FeatureStore.open(store).encoders() in ((), ("texture",))
-            resumed += (store / "features" / "texture" / "partial").exists()
+            resumed += partial.exists()
     assert resumed > 0
     report = extract(picture, out, "texture", slide_mpp=0.5, tile_px=48, batch_size=8)
     assert report.results[0].status in ("done", "already complete")
