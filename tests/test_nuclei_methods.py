@@ -163,10 +163,10 @@ def test_the_built_in_weights_are_small_documented_and_free() -> None:
 def test_the_student_beats_the_baseline_on_real_nuclei(shared_data: Path, folder: str) -> None:
     """Means over a few pictures, of which at most 512 × 512 pixels each are looked at."""
     gains = []
-    for path in sorted((shared_data / "nuclei" / folder).glob("*_label.png"))[::5][:4]:
+    for path in sorted((shared_data / "nuclei" / folder).glob("*_label.png"))[::3][:5]:
         image = np.asarray(Image.open(path.with_name(path.name.replace("_label", ""))).convert("RGB"))[:512, :512]
         truth = np.asarray(Image.open(path)).astype(np.int32)[:512, :512]
         student, stain = (aji(truth, segment_image(image, 0.25, method)) for method in ("student", "stain"))
         gains.append(student - stain)
-    assert len(gains) >= 3
+    assert len(gains) == 5
     assert np.mean(gains) > 0.03

@@ -37,10 +37,10 @@ class SplitSettings:
         least_area_um2: smaller nuclei are left out, in µm².
     """
 
-    threshold: float = 0.5
+    threshold: float = 0.65
     sigma_um: float = 0.35
-    rise: float = 0.1
-    least_score: float = 0.6
+    rise: float = 0.15
+    least_score: float = 0.75
     least_area_um2: float = 4.0
 
     def __post_init__(self) -> None:

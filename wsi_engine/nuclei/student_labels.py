@@ -21,6 +21,10 @@ _RING_UM = 2.0
 """How far from a nucleus its surroundings reach, in µm."""
 
 
+_SPLIT = SplitSettings(threshold=0.5, rise=0.1, least_score=0.6)
+"""How a teacher's maps are cut: more generously than for a user, since what is in doubt is weighed afterwards."""
+
+
 @dataclass(frozen=True)
 class TrustSettings:
     """What makes a nucleus believable, and how far each kind of pixel is trusted, 0 … 1.
@@ -124,7 +128,7 @@ def agree_on_labels(
     Returns:
         int32 (H, W), and float32 (H, W) within 0–1.
     """
-    seen = split_nuclei(maps, mpp, SplitSettings())
+    seen = split_nuclei(maps, mpp, _SPLIT)
     flat = contrast_of(image, seen, mpp) < settings.least_contrast
     good = believable(seen, mpp, settings) & ~flat
     counts = np.maximum(np.bincount(seen.ravel()), 1)

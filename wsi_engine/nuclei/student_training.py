@@ -88,6 +88,8 @@ class StudentTrainingSettings:
     rounds: tuple[Round, ...] = (
         Round(1200, 1.5e-3, TrustSettings(sure=1.1, unsure=0.6, doubtful=0.1), collages=3),
         Round(1800, 1.5e-3, TrustSettings(sure=0.75, unsure=0.5, least_seen=0.3), collages=4),
+        Round(1400, 1.2e-3, TrustSettings(sure=0.75, unsure=0.5, least_seen=0.4, least_contrast=0.4), collages=4),
+        Round(1500, 1.2e-3, TrustSettings(sure=0.75, unsure=0.5, least_seen=0.4, least_contrast=0.4), collages=4),
     )
     keep: float = 0.995
     views: int = 2
