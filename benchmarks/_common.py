@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import re
 import statistics
 import time
 from collections.abc import Callable, Iterable
@@ -72,6 +73,13 @@ def _seconds(work: Callable[[], object]) -> float:
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
+
+
+def peak_memory() -> float:
+    """MiB at the peak of this process; ``getrusage`` would tell that of the process that started it, were it larger."""
+    found = re.search(r"^VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii"), re.MULTILINE)
+    assert found
+    return int(found[1]) / 1024
 
 
 def describe_machine() -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import subprocess
 import sys
 import tempfile
@@ -10,7 +9,7 @@ import tempfile
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks._common import describe_machine
+from benchmarks._common import describe_machine, peak_memory
 from benchmarks.slides import big_slide
 from wsi_engine import TissueMask, extract
 from wsi_engine.encoders.base import EncoderCard
@@ -40,7 +39,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as out:
             settings = {"mpp": 0.25, "stride_px": STRIDE_PX, "min_tissue": 0.9}
             report = extract(big_slide(), out, MeanEncoder(), tissue=TissueMask(mask, 8.0), **settings)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        peak = peak_memory()
         print(f"{report.tiles} {peak:.0f} {report.wall_seconds:.1f}")
         return
     print(describe_machine())

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import resource
 import statistics
 import subprocess
 import sys
@@ -24,7 +23,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from benchmarks._common import describe_machine
+from benchmarks._common import describe_machine, peak_memory
 from wsi_engine.clock import StageClock
 from wsi_engine.kernels import set_thread_count
 from wsi_engine.memory import keep_freed_memory
@@ -193,7 +192,7 @@ def run_for_memory(side: int, painted: Path) -> None:
     found = segment_nuclei(slide, CheapMethod(), tissue=tissue)
     seconds = time.perf_counter() - start
     own = found.points.nbytes + found.offsets.nbytes + sum(values.nbytes for values in found.table().values())
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    peak = peak_memory()
     print(f"{len(found)} {own / 2**20:.0f} {peak:.0f} {seconds:.1f}")
 
 
@@ -212,14 +211,14 @@ def run_for_geojson(count: int) -> None:
         measurements=dict.fromkeys(small.measurements, column),
         record=small.record,
     )
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_memory()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "nuclei.geojson")
         start = time.perf_counter()
         nuclei.to_geojson(path)
         seconds = time.perf_counter() - start
         size = path.stat().st_size / 2**20
-    rise = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    rise = peak_memory() - before
     print(f"{seconds:.1f} {size:.0f} {rise:.0f}")
 
 

@@ -23,7 +23,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from benchmarks._common import Case, Timing, describe_machine, time_pair
+from benchmarks._common import Case, Timing, describe_machine, peak_memory, time_pair
 from wsi_engine.memory import keep_freed_memory
 from wsi_engine.models import Head, create_head
 from wsi_engine.models.prompt import PromptedViT
@@ -76,7 +76,7 @@ def measure_growth(way: str, tiles: int) -> float:
         step_in_one_graph(encoder, head, bag)
     else:
         bag_backward(encoder, head, bag, 1, chunk=MEMORY_CHUNK)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before
+    return peak_memory() - before
 
 
 def _resident() -> float:
