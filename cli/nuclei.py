@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from enum import StrEnum
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Annotated, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
 from wsi_engine.cli import console
 from wsi_engine.cli.cluster import ClusterDisplay, ClusterOption
+from wsi_engine.cli.progress import RunDisplay
 
 if TYPE_CHECKING:
     from wsi_engine.nuclei.slides import NucleiReport, NucleiResult
-
-_PLAIN_SECONDS = 10.0
-"""Least time between two plain lines of one slide."""
 
 _STYLES = {"done": "green", "already complete": "dim", "no tissue": "yellow", "busy": "yellow", "failed": "bold red"}
 
@@ -119,73 +114,17 @@ def nuclei(
         raise typer.Exit(console.EXIT_FAILED)
 
 
-class NucleiDisplay:
+class NucleiDisplay(RunDisplay):
     """Shows a run on a console; a context manager and a :class:`~wsi_engine.nuclei.slides.NucleiProgress`."""
 
     def __init__(self, to: Console) -> None:
-        self._console = to
-        self._slides = self._finished = 0
-        self._bar = _make_bar(to) if to.is_terminal else None
-        self._task = self._bar.add_task("", total=None, slide="opening", rate="") if self._bar else None
-        self._slide, self._tiles, self._done = "", 0, 0
-        self._started = self._printed = 0.0
-
-    def run_started(self, slides: int) -> None:
-        """So many slides there are."""
-        self._slides = slides
-
-    def slide_started(self, slide_id: str, tiles: int, done: int) -> None:
-        """A slide's tiles are gone through from here on."""
-        self._slide, self._tiles, self._done = slide_id, tiles, done
-        self._started = self._printed = time.monotonic()
-        if self._bar and self._task is not None:
-            self._bar.reset(self._task, total=tiles, completed=done, slide=f"{self._count()} {slide_id}", rate="")
-        else:
-            self._line(f"{slide_id}: {tiles} tiles")
-
-    def tiles_done(self, tiles: int) -> None:
-        """So many more tiles are done."""
-        self._done += tiles
-        rate = self._done / max(time.monotonic() - self._started, 1e-9)
-        if self._bar and self._task is not None:
-            self._bar.update(self._task, advance=tiles, rate=f"{rate:.1f} tiles/s")
-        elif time.monotonic() - self._printed >= _PLAIN_SECONDS:
-            self._printed = time.monotonic()
-            left = (self._tiles - self._done) / max(rate, 1e-9)
-            self._line(f"{self._slide}: {self._done}/{self._tiles} tiles, {rate:.1f} tiles/s, {left:.0f} s left")
-
-    def slide_finished(self, result: NucleiResult) -> None:
-        """A slide ended, well or not."""
-        self._console.print(Text.assemble(f"{self._count()} {result.slide_id}: ", _describe(result)))
-        self._finished += 1
-
-    def _count(self) -> str:
-        return f"[{self._finished + 1}/{self._slides}]"
-
-    def _line(self, text: str) -> None:
-        self._console.print(Text(f"{self._count()} {text}"))
-
-    def __enter__(self) -> Self:
-        if self._bar:
-            self._bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._bar:
-            self._bar.stop()
+        super().__init__(to, _describe)
 
 
 def _describe(result: NucleiResult) -> Text:
     """How a slide ended, in words."""
     words = f": {result.message}" if result.message else f", {result.nuclei} nuclei in {result.seconds:.1f} s"
     return Text.assemble((result.status, _STYLES[result.status]), words)
-
-
-def _make_bar(to: Console) -> Progress:
-    columns = TextColumn("{task.fields[slide]}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}")
-    return Progress(*columns, TimeRemainingColumn(), console=to, transient=True)
 
 
 def _print_report(report: NucleiReport, out: Path) -> None:

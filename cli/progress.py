@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import ProgressColumn, Task, TextColumn
@@ -10,7 +12,9 @@ from rich.text import Text
 
 from wsi_engine.cli.cluster import ClusterDisplay
 from wsi_engine.cli.display import BarDisplay, make_bar
-from wsi_engine.jobs import SlideResult
+
+if TYPE_CHECKING:
+    from wsi_engine.jobs import SlideResult
 
 _PLAIN_SECONDS = 10.0
 """Least time between two plain lines of one slide."""
@@ -24,9 +28,11 @@ def show_run(console: Console, cluster: str | None) -> RunDisplay | ClusterDispl
 
 
 class RunDisplay(BarDisplay):
-    """Shows an extraction on a console; a context manager and a :class:`~wsi_engine.extraction.Progress`."""
+    """Shows slide after slide on a console; a context manager and a progress of extraction or nuclei."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, describe: Callable[[Any], Text] | None = None) -> None:
+        """Show on a console; ``describe`` makes the words of a slide's end from its result."""
+        self._describe = describe or _describe
         super().__init__(console, make_bar(console, TextColumn("{task.fields[slide]}"), _Rate()))
         self._slides = 0
         self._finished = 0
@@ -57,11 +63,11 @@ class RunDisplay(BarDisplay):
             self._printed = time.monotonic()
             rate = (self._done - self._begun) / max(self._printed - self._started, 1e-9)
             left = (self._tiles - self._done) / max(rate, 1e-9)
-            self._line(f"{self._slide}: {self._done}/{self._tiles} tiles, {rate:.0f} tiles/s, {left:.0f} s left")
+            self._line(f"{self._slide}: {self._done}/{self._tiles} tiles, {_per_second(rate)}, {left:.0f} s left")
 
-    def slide_finished(self, result: SlideResult) -> None:
+    def slide_finished(self, result: Any) -> None:
         """A slide ended, well or not."""
-        self._console.print(Text.assemble(f"{self._count()} {result.slide_id}: ", _describe(result)))
+        self._console.print(Text.assemble(f"{self._count()} {result.slide_id}: ", self._describe(result)))
         self._finished += 1
 
     def _count(self) -> str:
@@ -89,4 +95,8 @@ class _Rate(ProgressColumn):
     """Tiles per second of the slide in progress."""
 
     def render(self, task: Task) -> Text:
-        return Text(f"{task.speed:.0f} tiles/s" if task.speed else "", style="cyan")
+        return Text(_per_second(task.speed) if task.speed else "", style="cyan")
+
+
+def _per_second(rate: float) -> str:
+    return f"{rate:.0f} tiles/s" if rate >= 10 else f"{rate:.1f} tiles/s"

@@ -194,7 +194,7 @@ def test_settings_are_checked() -> None:
 
 @pytest.mark.parametrize("terminal", [True, False])
 def test_the_display_shows_slides_and_rates(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("wsi_engine.cli.nuclei._PLAIN_SECONDS", 0.0)
+    monkeypatch.setattr("wsi_engine.cli.progress._PLAIN_SECONDS", 0.0)
     text = io.StringIO()
     with NucleiDisplay(Console(file=text, force_terminal=terminal, width=120)) as display:
         display.run_started(2)
