@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,10 @@ from wsi_engine.tiffwriter import TiffLayout, write_pyramid
 
 settings.register_profile("engine", deadline=None)  # a busy machine is not a failure
 settings.load_profile("engine")
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a job in the background has it, and what it starts inherits
+    with suppress(ValueError):  # not in the main thread
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
