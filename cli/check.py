@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -22,8 +21,10 @@ _STYLES = {"damaged": "bold red", "unfinished": "yellow", "running": "cyan", "le
 
 def check(
     folders: Annotated[
-        list[Path],
-        typer.Argument(metavar="DIR...", help="Folders of stores and training runs, or stores.", show_default=False),
+        list[str],
+        typer.Argument(
+            metavar="DIR|URL...", help="Folders of stores and training runs, or stores.", show_default=False
+        ),
     ],
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
@@ -72,5 +73,14 @@ def _print_report(report: CheckReport) -> None:
             table.add_row(Text(one.kind, _STYLES[one.kind]), Text(one.path), Text(one.what), Text(one.cure))
         console.out.print(table)
     counts = [f"{len(report.of(kind))} {kind}" for kind in ("damaged", "unfinished", "running", "leftover")]
-    there = f"{report.stores} stores and {report.runs} runs, {report.bytes / 1e9:.2f} GB in {report.files} files"
+    from wsi_engine.cohorts.findings import count  # noqa: PLC0415
+
+    there = f"{count(report.stores, 'store')} and {count(report.runs, 'run')}"
+    there += f", {_in_units(report.bytes)} in {count(report.files, 'file')}"
     console.out.print(f"{there}: {', '.join(counts)}")
+
+
+def _in_units(size: int) -> str:
+    """Bytes as a person reads them."""
+    power = min(3, max(0, len(str(size)) - 1) // 3)
+    return f"{size / 1000**power:,.3g} {('bytes', 'kB', 'MB', 'GB')[power]}"

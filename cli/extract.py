@@ -39,7 +39,9 @@ def extract(
         list[str],
         typer.Argument(metavar="SLIDE|DIR|CSV...", help="Slides, folders, CSV files or URLs.", show_default=False),
     ],
-    out: Annotated[Path, typer.Option("-o", "--out", help="Folder of the feature stores.", show_default=False)],
+    out: Annotated[
+        str, typer.Option("-o", "--out", metavar="DIR|URL", help="Folder of the feature stores.", show_default=False)
+    ],
     encoder: Annotated[str, typer.Option(help="Name of an encoder; wsi encoders lists them.")] = "resnet50",
     weights: Annotated[
         str | None,
@@ -117,7 +119,7 @@ def extract(
         raise typer.Exit(console.EXIT_FAILED)
 
 
-def _print_summary(report: ExtractReport, out: Path) -> None:
+def _print_summary(report: ExtractReport, out: str) -> None:
     """What was done, where the time went, and a table of what failed."""
     counts = Counter(result.status for result in report.results)
     console.out.print(", ".join(f"{count} {status}" for status, count in counts.items()) + f" in {out}")

@@ -21,7 +21,7 @@ _SHOWN = 20
 
 def status(
     folder: Annotated[
-        Path, typer.Argument(metavar="DIR", help="Folder of the stores.", show_default=False)
+        str, typer.Argument(metavar="DIR|URL", help="Folder of the stores.", show_default=False)
     ],
     cohort: Annotated[
         Path | None,

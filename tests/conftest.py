@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -22,6 +23,17 @@ settings.load_profile("engine")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a job in the background has it, and what it starts inherits
     with suppress(ValueError):  # not in the main thread
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Torch with one thread: small products are faster so, and tests of other modules keep theirs."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")
@@ -65,3 +77,12 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
     with tifffile.TiffFile(slide) as tiff:
         Image.fromarray(tiff.pages.first.asarray()).save(folder / "picture.png")
     return Files(slide, folder / "picture.png")
+
+
+@pytest.fixture
+def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
+    """An S3 server for one test; see ``support_s3.S3Server``."""
+    from support_s3 import serve_s3  # skips the test where moto is not installed
+
+    with serve_s3(monkeypatch) as server:
+        yield server

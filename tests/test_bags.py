@@ -16,7 +16,7 @@ from wsi_engine.bags import ArrayBags, StoredBags, prefetch
 from wsi_engine.encoders.base import EncoderCard
 from wsi_engine.errors import FeatureError, InputError, ModelError, StoreError
 from wsi_engine.shards import ShardLayout, find_bad_tile, parse_metadata
-from wsi_engine.store import SlideRecord
+from wsi_engine.slide_record import SlideRecord
 from wsi_engine.writer import FeatureIdentity, FeatureWriter
 
 VALUES = Path("features", "net", "values")

@@ -70,7 +70,7 @@ def test_what_is_whole_is_said_to_be(place: Path) -> None:
     assert report.files > 25
     result = wsi(place)
     assert result.exit_code == 0
-    assert "3 stores and 1 runs" in result.stdout
+    assert "3 stores and 1 run, " in result.stdout
     assert "0 damaged" in result.stdout
 
 

@@ -17,7 +17,9 @@ import pytest
 
 from wsi_engine import lease as lease_module
 from wsi_engine.errors import BusyError, StoreError
-from wsi_engine.lease import Holder, LeaseSight, hold_lease
+from wsi_engine.holder import Holder
+from wsi_engine.lease import hold_lease
+from wsi_engine.leaserecord import lease_record
 
 FOREIGN = {"host": "elsewhere", "place": "another boot", "pid": 1, "started": "1", "token": "f" * 32}
 
@@ -54,7 +56,7 @@ def test_a_lease_keeps_others_out(path: Path) -> None:
         with pytest.raises(BusyError, match=f"process {os.getpid()}"), hold_lease(path):
             pass
         lease.check()  # the refused one did not take it away
-        sight = LeaseSight.look(path)
+        sight = lease_record(path).look()
         assert sight is not None
         assert sight.holder is not None
         assert (sight.state, sight.holder.job, sight.holder.pid) == ("running", "features/net", os.getpid())
@@ -154,7 +156,7 @@ def test_without_hard_links(path: Path, monkeypatch: pytest.MonkeyPatch, soon_st
     def refuse(*_: object) -> None:
         raise OSError(errno.EPERM, "Operation not permitted")
 
-    monkeypatch.setattr("wsi_engine.lease.os.link", refuse)
+    monkeypatch.setattr("wsi_engine.leaserecord.os.link", refuse)
     with hold_lease(path), pytest.raises(BusyError, match=f"process {os.getpid()}"), hold_lease(path):
         pass
     assert os.listdir(path.parent) == []
@@ -178,11 +180,11 @@ def test_an_answer_that_was_lost(path: Path, monkeypatch: pytest.MonkeyPatch) ->
         replace(*names)  # type: ignore[arg-type]
         raise FileNotFoundError(errno.ENOENT, "No such file or directory")
 
-    monkeypatch.setattr("wsi_engine.lease.os.link", linked_before)
+    monkeypatch.setattr("wsi_engine.leaserecord.os.link", linked_before)
     with hold_lease(path) as lease:
         lease.check()
     kill_a_holder(path)
-    monkeypatch.setattr("wsi_engine.lease.os.replace", replaced_before)
+    monkeypatch.setattr("wsi_engine.leaserecord.os.replace", replaced_before)
     with hold_lease(path) as lease:
         lease.check()
     assert os.listdir(path.parent) == []
@@ -330,7 +332,7 @@ with lease.hold_lease(pathlib.Path(sys.argv[1])) as held:
 def test_a_process_that_was_stopped_notices_what_it_lost(
     path: Path, soon_stale: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lease_module, "_place", lambda: "another machine")  # or its state would be known
+    monkeypatch.setattr("wsi_engine.holder._place", lambda: "another machine")  # or its state would be known
     with subprocess.Popen(
         [sys.executable, "-c", _STOPPED, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:

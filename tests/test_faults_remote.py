@@ -110,7 +110,7 @@ def server(slide: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyServe
     monkeypatch.setattr(module, "BLOCK_BYTES", 16_384)
     monkeypatch.setattr(module, "MAX_BLOCKS", 2)
     monkeypatch.setattr(module, "RETRY_SECONDS", (0.01, 0.02))
-    monkeypatch.setattr(module, "READ_SECONDS", 0.3)
+    monkeypatch.setattr("wsi_engine.places.READ_SECONDS", 0.3)
     http = Server(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=http.serve_forever, daemon=True)
     thread.start()
@@ -221,7 +221,7 @@ def test_s3_that_fails_is_one_sentence(
 ) -> None:
     address, tell = on_s3
     monkeypatch.setattr(module, "BLOCK_BYTES", 16_384)
-    monkeypatch.setattr(module, "READ_SECONDS", 0.3)
+    monkeypatch.setattr("wsi_engine.places.READ_SECONDS", 0.3)
     monkeypatch.setattr(module, "GIVEN_UP_SECONDS", 1.0)
     monkeypatch.setattr(module, "RETRY_SECONDS", (0.01, 0.02))
     reader = open_reader(address)

@@ -142,11 +142,12 @@ def test_exported_names_are_documented() -> None:
 
 
 FLOW = (
-    "version", "errors", "extents", "checks", "metrics", "clock", "bottleneck", "workers", "memory", "readers",
-    "fingerprint", "sampling", "slide", "tissue", "grid", "feed", "stream", "inputs", "encoders", "shards",
-    "store", "writer", "lease", "failures", "cluster", "jobs", "encoding", "remote", "distribution", "extraction",
-    "bench", "picture", "runs", "bags", "cohorts", "predictions", "training", "classification", "evaluation",
-    "nuclei", "formats", "integrity", "studies",
+    "version", "errors", "places", "extents", "arrays", "checks", "metrics", "clock", "bottleneck", "cgroup",
+    "workers", "memory", "readers", "fingerprint", "sampling", "slide", "tissue", "grid", "feed", "stream",
+    "spreadsheet", "inputs", "encoders", "shards", "slide_record", "store", "writer", "holder", "leaserecord",
+    "lease", "failures", "cluster", "jobs", "encoding", "remote", "distribution", "extraction", "bench", "picture",
+    "runs", "bags", "cohorts", "predictions", "training", "classification", "evaluation", "nuclei", "formats",
+    "integrity", "studies",
 )  # fmt: skip
 """Modules in the order of the flow: each imports only what stands before it."""
 

@@ -10,7 +10,8 @@ import tifffile
 from support import HEIGHT, WIDTH, Files, paint, read_level
 
 from wsi_engine.errors import SettingsError
-from wsi_engine.readers import is_url, open_reader
+from wsi_engine.places import is_url
+from wsi_engine.readers import open_reader
 from wsi_engine.tiffwriter import TiffLayout, write_pyramid
 
 

@@ -193,7 +193,7 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object, **__: object) -> None:
         raise ImportError("Install s3fs to access S3")
 
-    monkeypatch.setattr("wsi_engine.readers.tiffslide.url_to_fs", fail)
+    monkeypatch.setattr("fsspec.core.url_to_fs", fail)
     with pytest.raises(SlideError, match=r'pip install "wsi-engine\[s3\]"'):
         open_reader("s3://bucket/slide.svs")
     with pytest.raises(SlideError, match=r'pip install "wsi-engine\[http\]"'):

@@ -14,7 +14,8 @@ import zarr
 from wsi_engine import FeatureStore, TileGrid, TissueMask
 from wsi_engine.encoders.base import EncoderCard
 from wsi_engine.errors import FeatureError, MismatchError, StoreError
-from wsi_engine.store import SlideRecord, features_key
+from wsi_engine.slide_record import SlideRecord
+from wsi_engine.store import features_key
 from wsi_engine.tissue import FilterCount
 from wsi_engine.writer import FeatureIdentity, FeatureWriter
 
@@ -123,7 +124,7 @@ def test_a_kill_while_finishing_costs_nothing(tmp_path: Path, features: np.ndarr
     writer = make_writer(tmp_path / "a.zarr")
     fill(writer, features, finish=False)
     store = writer._store
-    from wsi_engine.store import create_rows
+    from wsi_engine.arrays import create_rows
 
     values = create_rows(store.group("features/net"), "values", 23, 5, "float16")
     values[:7] = 1.0  # half-written, and not marked

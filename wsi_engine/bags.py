@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections import deque
 from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from wsi_engine.arrays import storing
 from wsi_engine.errors import FeatureError, InputError, ModelError, SettingsError, StoreError
 from wsi_engine.extents import check_extent
+from wsi_engine.places import Place, as_place
 from wsi_engine.runs import FeatureOrigin
 from wsi_engine.shards import ShardLayout, find_bad_tile, parse_metadata
-from wsi_engine.store import FeatureStore, features_key, storing
+from wsi_engine.store import FeatureStore, features_key
 
 
 class BagSource(Protocol):
@@ -43,7 +45,7 @@ class StoredBags:
     """The features of one encoder in many stores, one bag a store, in the order given.
 
     Args:
-        paths: the stores.
+        paths: the stores, or their URLs.
         encoder: whose features; None for the only encoder there is.
 
     Attributes:
@@ -57,11 +59,11 @@ class StoredBags:
 
     origin: FeatureOrigin
 
-    def __init__(self, paths: Sequence[Path], encoder: str | None = None) -> None:
+    def __init__(self, paths: Sequence[str | os.PathLike[str]], encoder: str | None = None) -> None:
         if not paths:
             raise InputError("there are no bags to load: no store was given")
         self._bags: list[_StoredBag] = []
-        for path in map(Path, paths):
+        for path in map(as_place, paths):
             origin = FeatureOrigin.of(FeatureStore.open(path), encoder)
             if not self._bags:
                 self.origin = origin
@@ -197,14 +199,14 @@ class _StoredBag:
         layout: how to read them directly; None where they are not laid out as this engine does.
     """
 
-    path: Path
+    path: Place
     encoder: str
     metadata: bytes
     rows: int
     layout: ShardLayout | None
 
     @classmethod
-    def find(cls, path: Path, origin: FeatureOrigin) -> _StoredBag:
+    def find(cls, path: Place, origin: FeatureOrigin) -> _StoredBag:
         """Look at a store's features without reading them."""
         folder = _features_folder(path, origin.encoder)
         with storing(str(path)):
@@ -249,7 +251,7 @@ class _StoredBag:
             )
 
 
-def _features_folder(path: Path, encoder: str) -> Path:
+def _features_folder(path: Place, encoder: str) -> Place:
     return path / "features" / features_key(encoder) / "values"
 
 

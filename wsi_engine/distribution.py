@@ -28,7 +28,7 @@ from wsi_engine.failures import record_outcome
 from wsi_engine.inputs import SlideSource
 from wsi_engine.jobs import WHOLE, ExtractSettings, Share, SlideResult, features_job
 from wsi_engine.lease import hold_lease
-from wsi_engine.readers.base import is_url
+from wsi_engine.places import Place, as_place, is_url, write_file
 from wsi_engine.remote import RemoteEncoder, SlideSpec, SpreadSlide, describe_encoder, extract_slide
 from wsi_engine.version import __version__
 
@@ -49,13 +49,14 @@ def find_encoder(session: Session, plan: EncoderPlan) -> RemoteEncoder:
         plan = dataclasses.replace(plan, device="cpu")  # it has no network, and need not wait for a GPU
     session.wait_for_worker()
     task = Task("encoder", describe_encoder, (plan, share_worker(session)))
-    version, card, precision = run_one(session, task, session.find_resources(plan.device))
+    version, encoder = run_one(session, task, session.find_resources(plan.device))
     if version != __version__:
         raise ClusterError(
             f"the workers of {session.choice} run version {version} of the engine and this is {__version__}: "
             "install the same there"
         )
-    return RemoteEncoder(dataclasses.replace(plan, precision=precision, tiles=None), card, precision)
+    assert isinstance(encoder, RemoteEncoder)
+    return encoder
 
 
 def share_worker(session: Session) -> WorkerShare:
@@ -65,7 +66,7 @@ def share_worker(session: Session) -> WorkerShare:
 
 def extract_on_cluster(
     sources: Sequence[SlideSource],
-    out: Path,
+    out: Place,
     encoder: RemoteEncoder,
     settings: ExtractSettings,
     session: Session,
@@ -83,15 +84,15 @@ def extract_on_cluster(
         progress.run_started(len(sources))
     begun = time.perf_counter()
     with mark_folder(out) as mark:
-        drive = _Drive(session, Path(absolute_path(out)), encoder, settings, progress, mark)
+        drive = _Drive(session, as_place(absolute_path(out)), encoder, settings, progress, mark)
         results = drive.run([absolute_source(source) for source in sources])
-    threads = (settings.workers or session.threads or 1) * session.count_workers()
+    threads = (settings.workers or encoder.threads) * session.count_workers()
     ordered = tuple(results[source.slide_id] for source in sources)
     return ExtractReport(encoder.card.name, ordered, encoder.precision, time.perf_counter() - begun, threads)
 
 
 @contextmanager
-def mark_folder(folder: Path) -> Iterator[str]:
+def mark_folder(folder: Place) -> Iterator[str]:
     """Put a file into a folder for the ``with`` block, by which workers know that they see the same one; its name.
 
     Raises:
@@ -99,7 +100,7 @@ def mark_folder(folder: Path) -> Iterator[str]:
     """
     path = folder / f".run-{uuid.uuid4().hex}"
     try:
-        path.touch()
+        write_file(path, b"")
     except OSError as error:
         raise InputError(f"cannot write to the output folder {folder}: {error.strerror or error}") from error
     try:
@@ -125,7 +126,7 @@ class _Drive:
     def __init__(
         self,
         session: Session,
-        out: Path,
+        out: Place,
         encoder: RemoteEncoder,
         settings: ExtractSettings,
         progress: Progress | None,

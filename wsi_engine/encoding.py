@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -27,6 +26,7 @@ from wsi_engine.failures import record_outcome
 from wsi_engine.feed import BatchPart, MixedBatch, TileFeed
 from wsi_engine.inputs import SlideSource
 from wsi_engine.jobs import WHOLE, ExtractSettings, JobQueue, Share, SlideJob, SlideResult, features_job
+from wsi_engine.places import Place
 from wsi_engine.workers import usable_cores
 
 log = logging.getLogger("wsi_engine")
@@ -104,7 +104,7 @@ class SubmittingEncoder(Encoder, Protocol):
 
 def extract_sources(
     sources: Sequence[SlideSource],
-    out: Path,
+    out: Place,
     encoder: Encoder,
     settings: ExtractSettings,
     progress: Progress | None = None,
@@ -164,7 +164,7 @@ class _Flight:
 class _Run:
     """Takes batches to the encoder and their features to the slides' jobs."""
 
-    def __init__(self, encoder: Encoder, jobs: JobQueue, out: Path | None, progress: Progress | None) -> None:
+    def __init__(self, encoder: Encoder, jobs: JobQueue, out: Place | None, progress: Progress | None) -> None:
         self._encoder = encoder
         self._jobs = jobs
         self._out = out
@@ -174,6 +174,7 @@ class _Run:
         self._landed = 0.0
         self._writes: deque[Future[None]] = deque()
         self._writer = ThreadPoolExecutor(1, "writer")
+        self._told: SlideJob | None = None
         self.results: dict[str, SlideResult] = {}
 
     @contextmanager
@@ -195,6 +196,7 @@ class _Run:
             try:
                 self._flights.append(_Flight(batch, self._submit(batch.pixels), begun))
             except WsiError as error:
+                self.land_all()  # what was computed counts, and the slides of those batches are still open
                 self._fail(batch, error)
         else:
             self._flights.append(_Flight(batch, lambda: np.empty((0, 0), np.float32), time.perf_counter()))
@@ -229,11 +231,7 @@ class _Run:
     def _begin(self, part: BatchPart) -> None:
         """Note a slide's first batch, and an error of its reader."""
         job = self._jobs.jobs[part.source]
-        if not job.begun:
-            job.begin()
-            if self._progress:
-                rows = len(job.grid)
-                self._progress.slide_started(job.source.slide_id, rows, rows - len(part.source.rows))
+        job.begin()
         if part.error is not None:
             if not isinstance(part.error, WsiError):
                 raise part.error
@@ -264,9 +262,19 @@ class _Run:
                 job = self._jobs.jobs[part.source]
                 job.slide.clock.add("encode", seconds * len(part.rows) / max(1, batch.tiles))
                 self._write(job.add, part.rows, features[part.place])
-                if self._progress:
-                    self._progress.tiles_done(len(part.rows))
+                self._tell(part)
         self._end(batch)
+
+    def _tell(self, part: BatchPart) -> None:
+        """Tell of a slide's tiles, behind those of the slide before: batches in flight hold tiles of several."""
+        if self._progress is None:
+            return
+        job = self._jobs.jobs[part.source]
+        if self._told is not job:
+            self._told = job
+            rows = len(job.grid)
+            self._progress.slide_started(job.source.slide_id, rows, rows - len(part.source.rows))
+        self._progress.tiles_done(len(part.rows))
 
     def _end(self, batch: MixedBatch) -> None:
         """Close the slides of which nothing more comes, behind what is still to be written of them."""

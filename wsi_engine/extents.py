@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from wsi_engine.places import Place, RemotePath
+
 _SMALL = 1 << 26
 """Bytes of an array that is never doubted."""
 
@@ -24,7 +26,7 @@ _LONGEST = 1 << 24
 """Largest length of an axis but the first."""
 
 
-def check_extent(folder: Path, shape: Sequence[Any], item_bytes: int, chunk_shape: Sequence[Any]) -> None:
+def check_extent(folder: Place, shape: Sequence[Any], item_bytes: int, chunk_shape: Sequence[Any]) -> None:
     """Refuse an array that declares far more than its chunks can hold, or has chunks that are no plain files.
 
     Args:
@@ -41,14 +43,17 @@ def check_extent(folder: Path, shape: Sequence[Any], item_bytes: int, chunk_shap
     if any(n < 0 for n in sizes) or any(n < 1 for n in chunk) or any(n > _LONGEST for n in sizes[1:]):
         raise ValueError(f"{folder.name} has the shape {tuple(sizes)} in chunks of {tuple(chunk)}")
     declared, held = _product(sizes) * item_bytes, _product(chunk) * item_bytes
-    files = sum(1 for _ in walk_plain_files(folder))
+    if isinstance(folder, Path):
+        files = sum(1 for _ in walk_plain_files(folder))
+    else:  # objects are plain, and to list them takes longer
+        files = len(folder.files()) if declared > _SMALL else 1
     if declared > _SMALL and declared > _SPARSE * held * files:
         raise ValueError(f"{folder.name} declares {declared / 2**30:.3g} GiB and has {files} files")
     if held > _SMALL and held > _SPARSE * max(declared, 1):
         raise ValueError(f"{folder.name} has chunks of {held / 2**30:.3g} GiB for {declared} bytes")
 
 
-def read_array(group: Any, path: str, folder: Path) -> NDArray[Any]:
+def read_array(group: Any, path: str, folder: Place) -> NDArray[Any]:
     """An array of a Zarr group, whole, with its files looked at before any of them is opened.
 
     Args:
@@ -60,8 +65,9 @@ def read_array(group: Any, path: str, folder: Path) -> NDArray[Any]:
         ValueError: as :func:`check_extent`, or there is a group at the path.
         OSError, KeyError: it is not there or cannot be read.
     """
-    for _ in walk_plain_files(folder):  # opening reads zarr.json, which may be a pipe
-        pass
+    if isinstance(folder, Path):
+        for _ in walk_plain_files(folder):  # opening reads zarr.json, which may be a pipe
+            pass
     array = group[path]
     if not hasattr(array, "chunks"):
         raise ValueError(f"{path} is a group")
@@ -69,22 +75,28 @@ def read_array(group: Any, path: str, folder: Path) -> NDArray[Any]:
     return np.asarray(array[...])
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Place) -> Any:
     """What a JSON file says.
 
     Raises:
         ValueError: it is no JSON, nested beyond sense, larger than 64 MiB, or no plain file.
         OSError: it is not there or cannot be read.
     """
+    if isinstance(path, RemotePath):
+        return _parse(path.name, path.read_bytes(_MOST_JSON))
     state = os.stat(path)
     if not S_ISREG(state.st_mode):
         raise ValueError(f"{path.name} is no plain file")
     if state.st_size > _MOST_JSON:
         raise ValueError(f"{path.name} has {state.st_size} bytes")
+    return _parse(path.name, path.read_bytes())
+
+
+def _parse(name: str, text: bytes) -> Any:
     try:
-        return json.loads(path.read_bytes())
+        return json.loads(text)
     except RecursionError:
-        raise ValueError(f"{path.name} is nested beyond sense") from None
+        raise ValueError(f"{name} is nested beyond sense") from None
 
 
 def walk_plain_files(folder: Path) -> Iterator[Path]:

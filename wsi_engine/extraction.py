@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Literal
 
 from wsi_engine.cluster.session import Cluster, open_session
 from wsi_engine.distribution import extract_on_cluster, find_encoder
 from wsi_engine.encoders.base import Encoder
+from wsi_engine.encoders.cards import TEXTURE
 from wsi_engine.encoders.plan import EncoderPlan
 from wsi_engine.encoding import ExtractReport, Progress, SubmittingEncoder, extract_sources
-from wsi_engine.errors import EncoderError, InputError, WsiError
+from wsi_engine.errors import EncoderError, WsiError
 from wsi_engine.grid import GridSettings, TissueChoice
 from wsi_engine.inputs import SlideInput, SlideSource, find_slides
 from wsi_engine.jobs import ExtractSettings
+from wsi_engine.places import Place, as_place, make_folder
 from wsi_engine.slide import open_slide
 from wsi_engine.store import stored_precision
 
@@ -68,7 +69,7 @@ def extract(
 
     Args:
         slides: a slide, folder, CSV or URL, or several of them (see :func:`~wsi_engine.inputs.find_slides`).
-        out: folder of the stores, made if it is not there.
+        out: folder of the stores, made if it is not there, or its URL (``s3://bucket/features``).
         encoder: name of an encoder (``wsi encoders`` lists them) or one already loaded.
         weights: file of weights, ``random:SEED``, or None for the published ones.
         prompts: ``prompts.safetensors`` (or ``encoder.safetensors``) of a fold of ``wsi train prompt``; the encoder is
@@ -103,7 +104,8 @@ def extract(
     )
     named = [slides] if isinstance(slides, str | os.PathLike | SlideSource) else slides
     sources = find_slides(named, slide_mpp)
-    folder = _make_folder(Path(out))
+    folder = as_place(out)
+    make_folder(folder)
     if not isinstance(encoder, str):
         if prompts is not None:
             raise EncoderError(
@@ -125,7 +127,7 @@ def _plan_encoder(
     prompts: str | os.PathLike[str] | None,
     device: str,
     precision: str,
-    folder: Path,
+    folder: Place,
     sources: Sequence[SlideSource],
     settings: ExtractSettings,
 ) -> EncoderPlan:
@@ -137,7 +139,8 @@ def _plan_encoder(
         asked = None if name == DEFAULT_ENCODER else name
         kept = check_tuned(prompts, asked, settings.grid.mpp, settings.grid.tile_px) or name
     stored = stored_precision(folder, kept) if precision == "auto" else None
-    tiles = guess_tiles(sources, settings) if stored is None else None
+    deciding = precision == "auto" and stored is None and kept != TEXTURE
+    tiles = guess_tiles(sources, settings) if deciding else None
     return EncoderPlan(
         name if prompts is None else None,
         None if weights is None else os.fspath(weights),
@@ -150,7 +153,7 @@ def _plan_encoder(
 
 def guess_tiles(sources: Sequence[SlideSource], settings: ExtractSettings) -> int:
     """About how many tiles a run has, from the sizes of some of its slides; those that cannot be opened count 0."""
-    sampled = sources[:: max(1, len(sources) // _SAMPLED_SLIDES)]
+    sampled = sources[:: max(1, -(-len(sources) // _SAMPLED_SLIDES))]
     tiles = 0.0
     for source in sampled:
         try:
@@ -164,14 +167,3 @@ def guess_tiles(sources: Sequence[SlideSource], settings: ExtractSettings) -> in
         tiles += sides[0] * sides[1]
     share = 1.0 if settings.tissue is None else _TISSUE_SHARE
     return round(tiles * share * len(sources) / max(1, len(sampled)))
-
-
-def _make_folder(out: Path) -> Path:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        probe = out / f".write-test-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise InputError(f"cannot write to the output folder {out}: {error.strerror or error}") from error
-    return out

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import socket
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from pathlib import Path
+
+from wsi_engine.places import Place, list_names, write_file
 
 ENDING = ".failed.json"
 
@@ -37,7 +37,7 @@ class Failure:
     host: str
 
 
-def record_outcome(folder: Path, slide_id: str, job: str, status: str, message: str) -> None:
+def record_outcome(folder: Place, slide_id: str, job: str, status: str, message: str) -> None:
     """Write down that a job failed, or take away what was written when it did; a busy slide changes nothing.
 
     Never raises: what made the slide fail may keep this from being written, and the run's report says it as well.
@@ -53,35 +53,27 @@ def record_outcome(folder: Path, slide_id: str, job: str, status: str, message: 
     with suppress(OSError):
         if status == "failed":
             now = datetime.now(UTC).isoformat(timespec="seconds")
-            _replace(path, Failure(slide_id, job, message, now, socket.gethostname()))
+            failure = Failure(slide_id, job, message, now, socket.gethostname())
+            write_file(path, json.dumps(asdict(failure), indent=2).encode() + b"\n")
         elif status != "busy":
             path.unlink(missing_ok=True)
 
 
-def read_failures(folder: Path) -> list[Failure]:
+def read_failures(folder: Place) -> list[Failure]:
     """What is written down in a folder of stores, by slide and job; what cannot be read is passed over."""
     found = []
     try:
-        names = [entry.name for entry in os.scandir(folder) if entry.name.endswith(ENDING)]
+        names = [name for name in list_names(folder) if name.endswith(ENDING)]
     except OSError:
         return []
     for name in names:
         with suppress(OSError, ValueError, TypeError):
-            failure = Failure(**json.loads((folder / name).read_text(encoding="utf-8")))
+            failure = Failure(**json.loads((folder / name).read_bytes()))
             if all(isinstance(value, str) for value in asdict(failure).values()):
                 found.append(failure)
     return sorted(found, key=lambda failure: (failure.slide_id, failure.job))
 
 
-def _place(folder: Path, slide_id: str, job: str) -> Path:
+def _place(folder: Place, slide_id: str, job: str) -> Place:
     """A name that stays within 255 bytes whatever the encoder is called."""
     return folder / f".{slide_id}.{hashlib.sha256(job.encode()).hexdigest()[:8]}{ENDING}"
-
-
-def _replace(path: Path, failure: Failure) -> None:
-    draft = path.with_name(f"{path.name}.{os.getpid()}")
-    try:
-        draft.write_text(json.dumps(asdict(failure), ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)

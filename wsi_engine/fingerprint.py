@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Iterable
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from wsi_engine.errors import SlideError
-from wsi_engine.readers.base import is_url
+from wsi_engine.places import RemotePath, is_url
 
 _ENDS = 1 << 20
 _SAMPLES = 16
@@ -35,32 +36,38 @@ def fingerprint_source(source: str | os.PathLike[str] | NDArray[np.uint8]) -> st
     path = os.fspath(source)
     try:
         if is_url(path):
-            import fsspec  # noqa: PLC0415 - only URLs need it
-
-            with fsspec.open(path, "rb") as remote:
-                return _hash_samples(cast(BinaryIO, remote)).hexdigest()
+            remote = RemotePath(path)
+            size = remote.size()
+            return _hash_ranges(size, remote.read_ranges(_sample(size))).hexdigest()
         with open(path, "rb") as local:
-            digest = _hash_samples(local)
+            size = local.seek(0, os.SEEK_END)
+            digest = _hash_ranges(size, (_read(local, *one) for one in _sample(size)))
         beside = Path(path).with_suffix("")
         if path.lower().endswith(".mrxs") and beside.is_dir():
             for part in sorted(beside.iterdir()):
                 digest.update(f"{part.name}:{part.stat().st_size};".encode())
         return digest.hexdigest()
     except OSError as error:
-        raise SlideError(f"cannot read {path}: {error.strerror or error}") from error
+        where = path.split("?", 1)[0] if is_url(path) else path  # a signed URL carries its secret after the "?"
+        raise SlideError(f"cannot read {where}: {error.strerror or error}") from error
 
 
-def _hash_samples(stream: BinaryIO) -> hashlib._Hash:
-    """Hash of the size, both ends and evenly spaced samples of an open file."""
-    size = stream.seek(0, os.SEEK_END)
-    digest = hashlib.sha256(f"{size};".encode())
+def _sample(size: int) -> list[tuple[int, int]]:
+    """Start and length of the parts of a file that are hashed."""
     if size <= 2 * _ENDS + _SAMPLES * _SAMPLE:
-        stream.seek(0)
-        digest.update(stream.read())
-        return digest
+        return [(0, size)]
     inner = size - 2 * _ENDS - _SAMPLE
     starts = [_ENDS + inner * i // (_SAMPLES - 1) for i in range(_SAMPLES)]
-    for start, count in [(0, _ENDS), *((start, _SAMPLE) for start in starts), (size - _ENDS, _ENDS)]:
-        stream.seek(start)
-        digest.update(stream.read(count))
+    return [(0, _ENDS), *((start, _SAMPLE) for start in starts), (size - _ENDS, _ENDS)]
+
+
+def _read(stream: BinaryIO, start: int, count: int) -> bytes:
+    stream.seek(start)
+    return stream.read(count)
+
+
+def _hash_ranges(size: int, parts: Iterable[bytes]) -> hashlib._Hash:
+    digest = hashlib.sha256(f"{size};".encode())
+    for part in parts:
+        digest.update(part)
     return digest

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from queue import Empty, Full, Queue
 from typing import Any, Literal
 
@@ -21,8 +20,10 @@ from wsi_engine.feed import TileSource
 from wsi_engine.grid import GridSettings, TileGrid, TissueChoice, lay_grid_on, tissue_settings
 from wsi_engine.inputs import SlideSource
 from wsi_engine.lease import Pause, hold_lease
+from wsi_engine.places import Place
 from wsi_engine.slide import Slide, open_slide
-from wsi_engine.store import FeatureStore, SlideRecord, features_key
+from wsi_engine.slide_record import SlideRecord
+from wsi_engine.store import FeatureStore, features_key
 from wsi_engine.tissue import TissueMask, detect_tissue
 from wsi_engine.writer import FeatureIdentity, FeatureWriter
 
@@ -128,7 +129,7 @@ class SlideJob:
     def __init__(
         self,
         source: SlideSource,
-        out: Path,
+        out: Place,
         encoder: Encoder,
         settings: ExtractSettings,
         pool: Executor,
@@ -241,7 +242,7 @@ def features_job(encoder: str) -> str:
 
 
 def open_store(
-    path: Path, record: SlideRecord, slide: Slide, settings: ExtractSettings, pool: Executor
+    path: Place, record: SlideRecord, slide: Slide, settings: ExtractSettings, pool: Executor
 ) -> tuple[FeatureStore, TileGrid]:
     """The slide's store, and its grid under these settings: the stored one, else a new one, which is stored.
 
@@ -254,7 +255,7 @@ def open_store(
     """
     name = settings.grid.name
     wanted = settings.grid_json()
-    store = FeatureStore.create(path, record) if path.exists() else None
+    store = FeatureStore.create(path, record) if (path / "zarr.json").exists() else None
     had = store.grid_settings(name) if store else None
     if had is None:
         tissue = settings.tissue if isinstance(settings.tissue, TissueMask) else None

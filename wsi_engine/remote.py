@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import os
 from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
 
 from wsi_engine.cluster.messages import Teller
 from wsi_engine.cluster.places import ONE_AT_A_TIME, WorkerShare, check_shared
@@ -17,16 +15,25 @@ from wsi_engine.encoding import extract_sources
 from wsi_engine.errors import EncoderError
 from wsi_engine.inputs import SlideSource
 from wsi_engine.jobs import ExtractSettings, LargeSlide, Share, SlideResult
+from wsi_engine.places import Place
 from wsi_engine.version import __version__
 
 
 @dataclass(frozen=True)
 class RemoteEncoder:
-    """An encoder that workers can make; its precision is decided, so that all of them make the same."""
+    """An encoder that workers can make; its precision is decided, so that all of them make the same.
+
+    Attributes:
+        plan: how it is made.
+        card: of what is made.
+        precision: decided.
+        threads: that the worker uses which was asked.
+    """
 
     plan: EncoderPlan
     card: EncoderCard
     precision: str
+    threads: int
 
 
 @dataclass(frozen=True)
@@ -34,7 +41,7 @@ class SlideSpec:
     """What a task is to do of a slide."""
 
     source: SlideSource
-    out: Path
+    out: Place
     encoder: RemoteEncoder
     settings: ExtractSettings
     share: Share
@@ -64,6 +71,9 @@ def extract_slide(spec: SlideSpec) -> SlideResult | SpreadSlide:
         settings = dataclasses.replace(spec.settings, workers=spec.settings.workers or threads)
         try:
             encoder = _load_encoder(spec.encoder.plan, spec.worker)
+            if encoder.card.weights_digest != spec.encoder.card.weights_digest:
+                _made.clear()
+                encoder = _load_encoder(spec.encoder.plan, spec.worker)
             _check_weights(encoder, spec.encoder)
             told = _Told(spec)
             # the caller writes failures down: that of a worker which was given up would tell of a slide done elsewhere
@@ -101,16 +111,30 @@ class _Told:
         """The task's result tells it."""
 
 
-def describe_encoder(spec: tuple[EncoderPlan, WorkerShare]) -> tuple[str, EncoderCard, str]:
+def describe_encoder(spec: tuple[EncoderPlan, WorkerShare]) -> tuple[str, RemoteEncoder]:
     """In a worker: which version it runs, and what it makes of a plan."""
+    plan, share = spec
     with ONE_AT_A_TIME:
-        encoder = _load_encoder(*spec)
-    return __version__, encoder.card, encoder.precision
+        _made.clear()  # a worker outlives files of weights
+        encoder = _load_encoder(plan, share)
+        decided = dataclasses.replace(plan, precision=encoder.precision, tiles=None)
+        _made[decided] = encoder  # as the tasks will ask for it
+    return __version__, RemoteEncoder(decided, encoder.card, encoder.precision, share.count_threads())
 
 
-@lru_cache(maxsize=1)
+_made: dict[EncoderPlan, Encoder] = {}
+"""The encoder of this process, by the plans that it was made for."""
+
+
 def _load_encoder(plan: EncoderPlan, share: WorkerShare) -> Encoder:
-    """The encoder of a plan, made once in a process."""
+    """The encoder of a plan, made once in a process; one of another plan goes before it is made."""
+    if plan not in _made:
+        _made.clear()
+        _made[plan] = _make_encoder(plan, share)
+    return _made[plan]
+
+
+def _make_encoder(plan: EncoderPlan, share: WorkerShare) -> Encoder:
     if plan.name == TEXTURE and plan.weights is None and plan.prompts is None:
         from wsi_engine.encoders.texture import MOST_THREADS, TextureEncoder  # noqa: PLC0415 - loads Numba
 

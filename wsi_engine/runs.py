@@ -20,12 +20,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Self
 
+from wsi_engine.arrays import storing
 from wsi_engine.errors import ModelError
 from wsi_engine.extents import read_json
 from wsi_engine.store import FeatureStore
@@ -83,9 +85,10 @@ class FeatureOrigin:
             StoreError: they are not there, not complete, or several and none was named.
         """
         made = store.provenance(encoder)
-        card = made["encoder"]
-        scale = store.tile_scale(made["grid"])
-        return cls(card["name"], int(card["dim"]), card["weights_digest"], made["precision"], *scale)
+        with storing(store.path):
+            card = made["encoder"]
+            scale = store.tile_scale(made["grid"])
+            return cls(card["name"], int(card["dim"]), card["weights_digest"], made["precision"], *scale)
 
     def check(self, other: FeatureOrigin, where: str) -> None:
         """Refuse features that are not of this kind; ``where`` names the store.
@@ -197,6 +200,10 @@ class RunFolder:
         except OSError as error:
             raise ModelError(f"cannot read {error.filename}: {error.strerror or error}") from error
 
+    def model_digest(self, folds: int) -> str:
+        """What predictions of the run's heads name as their model; see :func:`digest_heads`."""
+        return digest_heads([self.head_file(number) for number in range(folds)])
+
     def write_record(self, record: RunRecord) -> None:
         """Replace ``run.json`` in one step.
 
@@ -228,6 +235,9 @@ class RunFolder:
                 raise ValueError(f"{str(record.folds)[:40]} folds")
             if not isinstance(record.classes, list) or not all(isinstance(name, str) for name in record.classes):
                 raise ValueError("its classes are no names")
+            for name in ("options", "settings", "summary"):
+                if not isinstance(getattr(record, name), dict):
+                    raise ValueError(f"its {name} are no mapping")
             return replace(record, classes=tuple(record.classes), features=origin)
         except FileNotFoundError:
             raise ModelError(
@@ -236,6 +246,21 @@ class RunFolder:
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             reason = " ".join(str(error).split())[:300]
             raise ModelError(f"{self.record_file} cannot be read ({reason}): train again") from error
+
+
+def digest_heads(files: Sequence[Path]) -> str:
+    """SHA-256, as digits, over those of some head files in their order: it changes with any of them.
+
+    Raises:
+        ModelError: a file cannot be read.
+    """
+    digest = hashlib.sha256()
+    for file in files:
+        try:
+            digest.update(bytes.fromhex(file_digest(file)))
+        except OSError as error:
+            raise ModelError(f"cannot read {file}: {error.strerror or error}") from error
+    return digest.hexdigest()
 
 
 def file_digest(path: Path) -> str:

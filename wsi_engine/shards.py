@@ -11,12 +11,13 @@ import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Self
 
 import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
+
+from wsi_engine.places import Place, open_binary
 
 _BYTES = {"name": "bytes", "configuration": {"endian": "little"}}
 _CHECKSUM = {"name": "crc32c"}
@@ -32,7 +33,7 @@ class ShardLayout:
     """A features array (rows, dim) whose shards can be read directly.
 
     Attributes:
-        folder: the array's folder.
+        folder: the array's folder, or its URL.
         rows: tiles.
         dim: numbers per tile.
         dtype: ``float16`` or ``float32``.
@@ -40,7 +41,7 @@ class ShardLayout:
         shard_chunks: chunks in a shard, which is one file.
     """
 
-    folder: Path
+    folder: Place
     rows: int
     dim: int
     dtype: str
@@ -48,7 +49,7 @@ class ShardLayout:
     shard_chunks: int
 
     @classmethod
-    def of(cls, folder: Path, metadata: dict[str, Any]) -> Self | None:
+    def of(cls, folder: Place, metadata: dict[str, Any]) -> Self | None:
         """The layout that an array's ``zarr.json`` describes, or None where it is not exactly this engine's."""
         try:
             rows, dim = metadata["shape"]
@@ -98,7 +99,7 @@ class ShardLayout:
         for number in range(count) if only is None else (only,):
             name = f"c/{number}/0"
             try:
-                with open(self.folder / name, "rb", buffering=0) as stream:
+                with open_binary(self.folder / name) as stream:
                     buffer, size = _read_file(stream, buffer)
             except FileNotFoundError:
                 raise ValueError(f"shard {name} is missing") from None

@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from wsi_engine.clock import StageClock
 from wsi_engine.errors import ScaleError, SettingsError
 from wsi_engine.fingerprint import fingerprint_source
+from wsi_engine.places import is_url, local_path
 from wsi_engine.readers import open_reader
-from wsi_engine.readers.base import DirectReader, Level, Metadata, Reader, RGBImage, is_url, local_path
+from wsi_engine.readers.base import DirectReader, Level, Metadata, Reader, RGBImage
 from wsi_engine.sampling import Sampling, choose_sampling
 from wsi_engine.workers import usable_cores
 

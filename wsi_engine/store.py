@@ -18,91 +18,42 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Literal, Self
 
 import numpy as np
 import zarr
 from numpy.typing import NDArray
-from zarr.codecs import Crc32cCodec
 
-from wsi_engine.errors import InputError, MismatchError, StoreError, WsiError
+from wsi_engine.arrays import EVERY_CHUNK, checked_codecs, create_group, open_group, storing
+from wsi_engine.errors import MismatchError, StoreError
 from wsi_engine.extents import read_array, read_json
 from wsi_engine.grid import TileGrid, TileScale
-from wsi_engine.inputs import check_slide_id
+from wsi_engine.places import Place, as_place, list_folders, list_stores
 from wsi_engine.shards import find_bad_tile
-from wsi_engine.slide import Slide
+from wsi_engine.slide_record import SlideRecord
 from wsi_engine.tissue import FilterCount, TissueMask
 from wsi_engine.version import __version__
 
 SCHEMA_VERSION = 1
 
-EVERY_CHUNK = "every_chunk"
-"""Attribute of arrays of which every chunk is a file, also where it holds nothing but the fill value."""
-
-_ROWS_PER_CHUNK = 1024
-_CHUNKS_PER_SHARD = 2
-
-
-@dataclass(frozen=True)
-class SlideRecord:
-    """What a store remembers of its slide."""
-
-    name: str
-    fingerprint: str
-    dimensions: tuple[int, int]
-    mpp: tuple[float, float]
-    mpp_source: str
-    vendor: str
-    reader: str
-
-    @classmethod
-    def of(cls, slide: Slide, slide_id: str) -> SlideRecord:
-        """The record of an open slide.
-
-        Raises:
-            ScaleError: its scale is missing or not believable.
-        """
-        return cls(
-            name=slide_id,
-            fingerprint=slide.fingerprint,
-            dimensions=slide.dimensions,
-            mpp=slide.mpp,
-            mpp_source=slide.mpp_source or "",
-            vendor=slide.metadata.vendor,
-            reader=slide.reader,
-        )
-
-    @classmethod
-    def from_json(cls, value: dict[str, Any]) -> SlideRecord:
-        """The record that was written as a store's ``slide`` attribute."""
-        width, height = value["dimensions"]
-        x, y = value["mpp"]
-        try:
-            check_slide_id(value["name"], "the slide's name")  # files are written under it
-        except InputError as error:
-            raise ValueError(str(error)) from error
-        return cls(**{**value, "dimensions": (int(width), int(height)), "mpp": (float(x), float(y))})
-
 
 class FeatureStore:
     """One slide's results on disk. Open with :meth:`open` to read; the engine writes with :meth:`create`."""
 
-    def __init__(self, path: str, mode: Literal["r", "r+"] = "r") -> None:
+    def __init__(self, place: Place, mode: Literal["r", "r+"] = "r") -> None:
         """Take a store that is there; :meth:`open` says what may be wrong with it."""
-        _check_version(path)
-        self.path = path
+        _check_version(place)
+        self.place = place
+        self.path = str(place)
         self._mode: Literal["r", "r+"] = mode
 
     @cached_property
     def _group(self) -> zarr.Group:
         """The root group, opened when it is needed: attributes are read without it."""
         with storing(self.path):
-            return zarr.open_group(self.path, mode=self._mode, zarr_format=3)
+            return open_group(self.place, self._mode)
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Self:
@@ -111,7 +62,7 @@ class FeatureStore:
         Raises:
             StoreError: there is none at ``path``, it is damaged, or another version made it.
         """
-        return cls(os.fspath(path))
+        return cls(as_place(path))
 
     @classmethod
     def create(cls, path: str | os.PathLike[str], slide: SlideRecord) -> Self:
@@ -121,17 +72,17 @@ class FeatureStore:
             MismatchError: it holds the results of another slide, or of this one at another scale.
             StoreError: it cannot be written, is damaged, or another version made it.
         """
-        name = os.fspath(path)
-        if not (Path(name) / "zarr.json").exists():
-            attributes = {"schema_version": SCHEMA_VERSION, "engine_version": __version__, "slide": asdict(slide)}
-            with storing(name):
-                zarr.create_group(name, zarr_format=3, attributes=attributes)
-        store = cls(name, "r+")
+        place = as_place(path)
+        with storing(place):
+            if not (place / "zarr.json").exists():
+                attributes = {"schema_version": SCHEMA_VERSION, "engine_version": __version__, "slide": asdict(slide)}
+                create_group(place, attributes)
+        store = cls(place, "r+")
         for what in ("fingerprint", "dimensions", "mpp"):
             had, has = getattr(store.slide, what), getattr(slide, what)
             if had != has:
                 raise MismatchError(
-                    f"{name} was made from another slide ({what} {_short(had)}, now {_short(has)}): "
+                    f"{place} was made from another slide ({what} {_short(had)}, now {_short(has)}): "
                     "choose another output folder, or delete that store"
                 )
         return store
@@ -164,7 +115,7 @@ class FeatureStore:
         name = self._only("grid", self.grids(), name)
         path = f"tiles/{name}/origins"
         attrs = self._attrs(path)
-        grid = TileGrid.from_json(attrs, self._read(path).astype(np.int64, copy=False))
+        grid = TileGrid.from_json(attrs, self.read(path).astype(np.int64, copy=False))
         if grid.digest != attrs["digest"]:
             raise StoreError(f"{self.path}/{path} is damaged (its digest differs): delete the store and extract again")
         return grid
@@ -194,7 +145,7 @@ class FeatureStore:
         if "digest" not in attrs:
             return None
         counts = tuple(FilterCount(**count) for count in attrs["counts"])
-        return TissueMask(self._read("tissue/mask").astype(bool), float(attrs["mpp"]), attrs["threshold"], counts)
+        return TissueMask(self.read("tissue/mask").astype(bool), float(attrs["mpp"]), attrs["threshold"], counts)
 
     def features(self, encoder: str | None = None) -> NDArray[Any]:
         """Features (N, D) of an encoder, float16 or float32; None for the only encoder there is.
@@ -203,7 +154,7 @@ class FeatureStore:
             StoreError: there are none, they are not complete yet, or their data are damaged.
         """
         path = f"{self._features_path(encoder)}/values"
-        values = self._read(path)
+        values = self.read(path)
         bad = find_bad_tile(values) if values.dtype in (np.float16, np.float32) else None
         if bad is not None and np.isnan(values[bad]).all():  # what Zarr makes of a file that is missing
             raise StoreError(f"{self.path}/{path} is damaged (tile {bad} is missing): delete it and extract again")
@@ -224,7 +175,7 @@ class FeatureStore:
         Raises:
             StoreError: there are none, or several and no run was named, or the data are damaged.
         """
-        return self._read(f"{self._attention_path(run)}/values")
+        return self.read(f"{self._attention_path(run)}/values")
 
     def attention_record(self, run: str | None = None) -> dict[str, Any]:
         """Where a run's attention comes from: model, encoder, grid, classes, and what its columns stand for."""
@@ -258,26 +209,45 @@ class FeatureStore:
         self._write(f"tiles/{name}/origins", grid.origins, grid.to_json() | {"settings": settings}, (65_536, 2))
 
     def group(self, path: str) -> zarr.Group:
-        """A subgroup for writing, made if it is not there."""
+        """A subgroup for writing, made if it is not there.
+
+        Raises:
+            StoreError: the store was opened for reading, or cannot be written.
+        """
+        self._refuse_reading()
         with storing(self.path):
             return self._group.require_group(path)
 
+    def _refuse_reading(self) -> None:
+        if self._mode == "r":
+            raise StoreError(f"{self.path} was opened for reading: open it with FeatureStore.create to write into it")
+
     def _write(self, path: str, data: NDArray[Any], attrs: dict[str, Any], chunks: tuple[int, int]) -> None:
+        self._refuse_reading()
         with storing(self.path):
             shape = tuple(max(1, min(n, c)) for n, c in zip(data.shape, chunks, strict=True))
-            if self._mode == "r+":
-                (Path(self.path) / path / "zarr.json").unlink(missing_ok=True)  # its mark goes before its data
+            (self.place / path / "zarr.json").unlink(missing_ok=True)  # its mark goes before its data
             array = self._group.create_array(
-                path, shape=data.shape, dtype=data.dtype, chunks=shape, overwrite=True, compressors=_checked("zstd"),
+                path,
+                shape=data.shape,
+                dtype=data.dtype,
+                chunks=shape,
+                overwrite=True,
+                compressors=checked_codecs("zstd"),
                 config={"write_empty_chunks": True},
-            )  # fmt: skip
+            )
             if data.size:
                 array[...] = data
             array.update_attributes(attrs | {EVERY_CHUNK: True})
 
-    def _read(self, path: str) -> NDArray[Any]:
+    def read(self, path: str) -> NDArray[Any]:
+        """An array of the store, whole.
+
+        Raises:
+            StoreError: it is not there, or damaged.
+        """
         with storing(self.path):
-            return read_array(self._group, path, Path(self.path) / path)
+            return read_array(self._group, path, self.place / path)
 
     def _attrs(self, path: str) -> dict[str, Any]:
         """Attributes of a group or array; empty where there is none.
@@ -286,16 +256,15 @@ class FeatureStore:
         """
         with storing(self.path):
             try:
-                node = read_json(Path(self.path) / path / "zarr.json")
+                node = read_json(self.place / path / "zarr.json")
             except (FileNotFoundError, NotADirectoryError):
                 return {}
             return dict(node["attributes"])
 
     def _members(self, path: str) -> list[str]:
-        """Names of what is in a group, sorted."""
+        """Names of what is in a group, sorted; some may be begun only."""
         with storing(self.path):
-            folder = Path(self.path) / path
-            return sorted(entry.parent.name for entry in folder.glob("*/zarr.json")) if folder.is_dir() else []
+            return list_folders(self.place / path)
 
     def _features_path(self, encoder: str | None) -> str:
         return f"features/{self._only('encoder', self.encoders(), encoder and features_key(encoder))}"
@@ -323,12 +292,12 @@ class FeatureStore:
         return f"<FeatureStore {self.path}: encoders {', '.join(self.encoders()) or 'none'}>"
 
 
-def stored_precision(folder: Path, encoder: str) -> str | None:
+def stored_precision(folder: Place, encoder: str) -> str | None:
     """The precision of an encoder's features in the first store of a folder that has any, complete or not; else None.
 
     A cohort is not to mix precisions unasked, so a run goes on in the one that was begun with.
     """
-    for store in sorted(folder.glob("*.zarr")):
+    for store in list_stores(folder):
         for state in ("values", "partial"):
             try:
                 attrs = read_json(store / "features" / features_key(encoder) / state / "zarr.json")
@@ -343,52 +312,15 @@ def features_key(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9._+-]", "_", name)
 
 
-@contextmanager
-def storing(path: str) -> Iterator[None]:
-    """Turn what goes wrong in Zarr or on the disk into a StoreError that names the store."""
-    try:
-        yield
-    except WsiError:
-        raise
-    except OSError as error:
-        raise StoreError(f"cannot use the store {path}: {error.strerror or error}") from error
-    except (ValueError, LookupError, TypeError, RuntimeError, ArithmeticError, AttributeError, AssertionError,
-            MemoryError) as error:  # fmt: skip
-        raise StoreError(f"the store {path} is damaged ({_first_line(error)}): delete it and extract again") from error
-
-
-def create_rows(
-    group: zarr.Group, name: str, rows: int, dim: int, dtype: Literal["float16", "float32"], batch: int | None = None
-) -> zarr.Array[Any]:
-    """An empty features array (rows, dim), filled with NaN and checksummed.
-
-    With ``batch`` every chunk is one batch, a file of its own; without, chunks of 1,024 rows are gathered in shards,
-    so that thousands of slides do not make millions of files. Features do not compress; they are kept as they are.
-    """
-    chunk = batch or _ROWS_PER_CHUNK
-    shards = None
-    if batch is None:
-        shards = (chunk * max(1, min(_CHUNKS_PER_SHARD, -(-rows // chunk))), dim)
-    return group.create_array(
-        name,
-        shape=(rows, dim),
-        dtype=dtype,
-        chunks=(chunk, dim),
-        shards=shards,
-        compressors=_checked(None),
-        fill_value=float("nan"),
-        overwrite=True,
-    )
-
-
-def _check_version(path: str) -> None:
+def _check_version(place: Place) -> None:
     """Refuse what is no store that this version of the engine can use."""
-    if not Path(path).exists():
-        raise StoreError(f"there is no store at {path}")
-    with storing(path):
+    path = str(place)
+    with storing(place):
         try:
-            group = read_json(Path(path) / "zarr.json")
+            group = read_json(place / "zarr.json")
         except (FileNotFoundError, NotADirectoryError):
+            if not place.exists():
+                raise StoreError(f"there is no store at {path}") from None
             raise StoreError(f"{path} is not a store of this engine: it has no Zarr group") from None
         if not isinstance(group, dict) or group.get("zarr_format") != 3:
             raise ValueError("its zarr.json describes no group of Zarr 3")
@@ -400,11 +332,6 @@ def _check_version(path: str) -> None:
             f"{path} has schema version {version}; this version of the engine uses {SCHEMA_VERSION}: "
             "choose another output folder, or use the version that made it"
         )
-
-
-def _checked(compressor: Literal["zstd"] | None) -> list[Any]:
-    """Codecs that end in a checksum, so that a torn or rotten chunk is noticed when it is read."""
-    return [*([zarr.codecs.ZstdCodec(level=3)] if compressor else []), Crc32cCodec()]
 
 
 def _tissue_attrs(tissue: TissueMask) -> dict[str, Any]:
@@ -419,7 +346,3 @@ def _tissue_attrs(tissue: TissueMask) -> dict[str, Any]:
 def _short(value: object) -> str:
     """A value for an error message; of a digest the first digits."""
     return f"{value[:12]}…" if isinstance(value, str) and len(value) > 20 else str(value)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -9,17 +9,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import zarr
 from numpy.typing import NDArray
 
+from wsi_engine.arrays import create_rows, storing
 from wsi_engine.encoders.base import EncoderCard
 from wsi_engine.errors import FeatureError, MismatchError, StoreError
 from wsi_engine.grid import TileGrid
-from wsi_engine.store import FeatureStore, create_rows, features_key, storing
+from wsi_engine.store import FeatureStore, features_key
 from wsi_engine.version import __version__
 
 _IDENTITY = ("grid", "grid_digest", "precision", "dtype", "exact_resample")
@@ -206,8 +206,9 @@ class FeatureWriter:
 
     def _has(self, rows: NDArray[np.int64]) -> bool:
         try:
-            stored = np.asarray(self._partial[int(rows[0]) : int(rows[-1]) + 1])
-        except (ValueError, OSError, RuntimeError):  # a torn or rotten chunk is made again
+            with storing(self._store.path):
+                stored = np.asarray(self._partial[int(rows[0]) : int(rows[-1]) + 1])
+        except StoreError:  # a torn or rotten chunk is made again
             return False
         return not np.isnan(stored).any()
 
@@ -230,7 +231,7 @@ class FeatureWriter:
 
     def _drop_partial(self) -> None:
         with storing(self._store.path):
-            if (Path(self._store.path) / self._group.path / "partial").is_dir():  # or what a kill left of it
+            if (self._store.place / self._group.path / "partial").is_dir():  # or what a kill left of it
                 del self._group["partial"]
 
 

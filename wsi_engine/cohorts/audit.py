@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import os
 import re
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from wsi_engine.cohorts.examination import find_duplicates, find_torn
+from wsi_engine.cohorts.examination import find_duplicates
 from wsi_engine.cohorts.featurechoice import choose_features
-from wsi_engine.cohorts.findings import Problem, count, write_report
+from wsi_engine.cohorts.findings import Problem, count, find_torn, write_report
 from wsi_engine.cohorts.inventory import StoredFeatures, StoreFacts, survey_stores
-from wsi_engine.cohorts.roster import Roster, RosterRow, RosterSource
+from wsi_engine.cohorts.opening import find_copies
+from wsi_engine.cohorts.roster import Roster, RosterSource
 from wsi_engine.cohorts.splits import Fold, SplitSettings, find_split_problems, split_patients
 from wsi_engine.errors import InputError
+from wsi_engine.places import Place, as_place
 from wsi_engine.runs import FeatureOrigin
 
 MOST_IMBALANCE = 10
@@ -45,7 +46,7 @@ class TrainingSet:
     """
 
     roster: Roster
-    stores: tuple[Path, ...]
+    stores: tuple[Place, ...]
     labels: NDArray[np.int64]
     classes: tuple[str, ...]
     origin: FeatureOrigin
@@ -91,7 +92,7 @@ def prepare_training_set(
         InputError: the cohort cannot be read, or cannot be trained on. Then the message is a report: a sentence, and
             every problem on a line of its own with at most 20 examples below.
     """
-    folder = Path(features)
+    folder = as_place(features)
 
     def survey(labelled: Roster, problems: list[Problem]) -> Survey:
         facts = survey_stores([folder / f"{row.slide_id}.zarr" for row in labelled])
@@ -171,21 +172,11 @@ def _check_rows(roster: Roster, findings: _Findings) -> None:
 
 
 def _check_copies(roster: Roster, facts: Sequence[StoreFacts], findings: _Findings) -> None:
-    """One picture under two ids is no new slide; under two patients it would be learned and tested on."""
-    rows: defaultdict[str, dict[str, RosterRow]] = defaultdict(dict)
-    for row, fact in zip(roster, facts, strict=True):
-        if fact.fingerprint:  # an import may not know it
-            rows[fact.fingerprint][row.slide_id.lower()] = row
-    copies = [tuple(some.values()) for some in rows.values() if len(some) > 1]
-    torn = [some for some in copies if len({row.patient for row in some}) > 1]
-    for kind, found, into in (
-        ("of several patients", torn, findings.problems),
-        ("of one patient", [some for some in copies if some not in torn], findings.warnings),
-    ):
-        examples = tuple(", ".join(row.slide_id for row in some) for some in found)
-        if found:
-            what = f"{count(len(found), 'slide')} there more than once, as slides {kind}"
-            into.append(Problem(what, examples, "keep one of each"))
+    """One picture under two ids is no new slide; an import may not know what it shows."""
+    prints = [fact.fingerprint for fact in facts]
+    torn, doubled = find_copies(zip(roster, prints, strict=True), lambda row: row.slide_id.lower())
+    findings.problems += torn
+    findings.warnings += doubled
 
 
 def _drop_empty(roster: Roster, stored: Sequence[StoredFeatures | None], findings: _Findings) -> list[int]:
@@ -216,10 +207,7 @@ def _check_classes(roster: Roster, labels: NDArray[np.int64], classes: tuple[str
                 f'"{classes[least]}" {numbers[least]:,}'
             )
         )
-    found: defaultdict[str, set[str]] = defaultdict(set)
-    for row, label in zip(roster, labels, strict=True):
-        found[row.patient].add(classes[label])
-    mixed = tuple(f"{patient}: {', '.join(sorted(some))}" for patient, some in found.items() if len(some) > 1)
+    mixed = find_torn((row.patient, classes[label]) for row, label in zip(roster, labels, strict=True))
     if mixed:
         what = f"{count(len(mixed), 'patient')} with slides of several classes, each split as one of the rarest"
         findings.warnings.append(Problem(what, mixed))

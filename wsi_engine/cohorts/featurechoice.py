@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from pathlib import Path
 
 from wsi_engine.cohorts.findings import Problem, count, list_some
 from wsi_engine.cohorts.inventory import StoredFeatures, StoreFacts
 from wsi_engine.cohorts.roster import Roster
+from wsi_engine.places import Place
 from wsi_engine.store import features_key
 
 
 def choose_features(
-    roster: Roster, facts: Sequence[StoreFacts], folder: Path, encoder: str | None, problems: list[Problem]
+    roster: Roster, facts: Sequence[StoreFacts], folder: Place, encoder: str | None, problems: list[Problem]
 ) -> list[StoredFeatures | None]:
     """The features of each slide of a roster, None where there are none; what is wrong is added to ``problems``.
 

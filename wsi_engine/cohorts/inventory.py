@@ -9,10 +9,10 @@ import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from wsi_engine.extents import read_json
+from wsi_engine.places import Place, list_folders
 from wsi_engine.runs import FeatureOrigin
 from wsi_engine.store import SCHEMA_VERSION
 
@@ -41,7 +41,7 @@ class StoreFacts:
         partial: keys of encoders whose features are begun.
     """
 
-    path: Path
+    path: Place
     exists: bool = True
     fault: str = ""
     fingerprint: str = ""
@@ -49,23 +49,23 @@ class StoreFacts:
     partial: tuple[str, ...] = ()
 
 
-def survey_stores(paths: Sequence[Path]) -> list[StoreFacts]:
+def survey_stores(paths: Sequence[Place]) -> list[StoreFacts]:
     """What each store holds, in the order given. Raises nothing: what is wrong with a store is in its facts."""
     with ThreadPoolExecutor(_THREADS, "survey") as pool:
         return list(pool.map(survey_store, paths))
 
 
-def survey_store(path: Path) -> StoreFacts:
+def survey_store(path: Place) -> StoreFacts:
     """What one store holds."""
-    if not path.is_dir():
-        return StoreFacts(path, exists=False)
     try:
+        if not path.is_dir():
+            return StoreFacts(path, exists=False)
         attrs = read_node(path)["attributes"]
         if attrs["schema_version"] != SCHEMA_VERSION:
             return StoreFacts(
                 path, fault=f"has schema version {attrs['schema_version']}, this engine uses {SCHEMA_VERSION}"
             )
-        states = {key: _survey_features(path, key) for key in _list_folders(path / "features")}
+        states = {key: _survey_features(path, key) for key in list_folders(path / "features")}
         return StoreFacts(
             path,
             fingerprint=str(attrs["slide"]["fingerprint"]),
@@ -78,7 +78,7 @@ def survey_store(path: Path) -> StoreFacts:
         return StoreFacts(path, fault=f"is damaged ({type(error).__name__}: {error})")
 
 
-def _survey_features(store: Path, key: str) -> StoredFeatures | None:
+def _survey_features(store: Place, key: str) -> StoredFeatures | None:
     """The features of one encoder; None where they are not complete."""
     try:
         values = read_node(store / "features" / key / "values")
@@ -96,14 +96,7 @@ def _survey_features(store: Path, key: str) -> StoredFeatures | None:
     return StoredFeatures(origin, int(values["shape"][0]))
 
 
-def _list_folders(path: Path) -> list[str]:
-    try:
-        return sorted(entry.name for entry in os.scandir(path) if entry.is_dir())
-    except FileNotFoundError:
-        return []
-
-
-def read_node(node: Path) -> dict[str, Any]:
+def read_node(node: Place) -> dict[str, Any]:
     """What the ``zarr.json`` of a group or array says.
 
     Raises:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import time
@@ -10,14 +9,16 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
 from wsi_engine.cohorts.findings import count
+from wsi_engine.cohorts.inventory import read_node
 from wsi_engine.cohorts.roster import Roster
 from wsi_engine.errors import InputError
 from wsi_engine.failures import Failure, read_failures
-from wsi_engine.lease import STALE_SECONDS, LeaseSight
+from wsi_engine.lease import STALE_SECONDS
+from wsi_engine.leaserecord import lease_record
+from wsi_engine.places import Place, as_place, list_folders, list_names
 
 State: TypeAlias = Literal["done", "running", "failed", "pending"]
 
@@ -62,7 +63,7 @@ class CohortStatus:
         others: ids that are in the folder but not in the cohort that was given.
     """
 
-    folder: Path
+    folder: Place
     slides: tuple[str, ...]
     jobs: tuple[str, ...]
     states: tuple[JobState, ...]
@@ -131,7 +132,7 @@ def read_status(folder: str | os.PathLike[str], cohort: Roster | None = None, jo
     Raises:
         InputError: the folder cannot be read, or is not there and no cohort says what should be in it.
     """
-    root = Path(folder)
+    root = as_place(folder)
     stores, leases = _list_folder(root) if cohort is None or root.exists() else (set(), [])
     failures = {(failure.slide_id, failure.job): failure for failure in read_failures(root)}
     present = sorted({*stores, *leases, *(slide_id for slide_id, _ in failures)})
@@ -166,10 +167,10 @@ def _judge(slide_id: str, job: str, store: _Store, lease: _Hold | None, failure:
     return JobState(slide_id, job, "pending", "begun" if job in store.begun else "")
 
 
-def _look(path: Path) -> _Hold | None:
+def _look(path: Place) -> _Hold | None:
     """A lease without waiting to see it change, as who wants to have it must."""
     try:
-        sight = LeaseSight.look(path)
+        sight = lease_record(path).look()
     except OSError:
         return _Hold("", "a process whose lease cannot be read", True)
     if sight is None:
@@ -180,10 +181,10 @@ def _look(path: Path) -> _Hold | None:
     return _Hold(sight.holder.job if sight.holder else "", sight.who, alive)
 
 
-def _list_folder(root: Path) -> tuple[set[str], list[str]]:
+def _list_folder(root: Place) -> tuple[set[str], list[str]]:
     """Ids of the slides that have a store, and of those that have a lease."""
     try:
-        names = [entry.name for entry in os.scandir(root)]
+        names = list_names(root)
     except OSError as error:
         raise InputError(f"cannot read the folder {root}: {error.strerror or error}") from error
     stores = {name.removesuffix(".zarr") for name in names if name.endswith(".zarr") and not name.startswith(".")}
@@ -192,7 +193,7 @@ def _list_folder(root: Path) -> tuple[set[str], list[str]]:
     return stores, sorted(one for one in leases if one in stores or not _PART.fullmatch(one))
 
 
-def _survey(root: Path, slide_id: str, exists: bool) -> _Store:
+def _survey(root: Place, slide_id: str, exists: bool) -> _Store:
     """What a store says, from its small JSON files alone."""
     if not exists:
         return _Store()
@@ -202,26 +203,19 @@ def _survey(root: Path, slide_id: str, exists: bool) -> _Store:
         if not (store / "zarr.json").is_file():
             return _Store(fault="lacks its zarr.json: delete it and run again")
         for kind, node in _KINDS.items():
-            for name in _list_folders(store / kind):
+            for name in list_folders(store / kind):
                 jobs[_is_complete(store / kind / name / node)].add(f"{kind}/{name}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return _Store(fault=f"is damaged ({type(error).__name__}: {error}): delete it and run again")
     return _Store(frozenset(jobs[True]), frozenset(jobs[False]))
 
 
-def _is_complete(node: Path) -> bool:
+def _is_complete(node: Place) -> bool:
     try:
-        value = json.loads((node / "zarr.json").read_bytes())
+        value = read_node(node)
     except FileNotFoundError:
         return False
     return value.get("attributes", {}).get("complete") is True
-
-
-def _list_folders(path: Path) -> list[str]:
-    try:
-        return [entry.name for entry in os.scandir(path) if entry.is_dir()]
-    except FileNotFoundError:
-        return []
 
 
 def _order(job: str) -> tuple[int, str]:

@@ -7,15 +7,15 @@ is verified without decoding it.
 from __future__ import annotations
 
 import itertools
-import os
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import google_crc32c
 
+from wsi_engine.arrays import EVERY_CHUNK
+from wsi_engine.extents import check_extent
+from wsi_engine.places import Place, file_size, list_files
 from wsi_engine.shards import ShardLayout, find_bad_tile
-from wsi_engine.store import EVERY_CHUNK
 
 _CHECKSUM_BYTES = 4
 
@@ -37,7 +37,7 @@ class ArrayFiles:
     bytes: int = 0
 
 
-def verify_array(folder: Path, metadata: dict[str, Any], whole: bool) -> ArrayFiles:
+def verify_array(folder: Place, metadata: dict[str, Any], whole: bool) -> ArrayFiles:
     """Read every file of an array and compare checksums.
 
     Args:
@@ -51,9 +51,10 @@ def verify_array(folder: Path, metadata: dict[str, Any], whole: bool) -> ArrayFi
     """
     found = ArrayFiles()
     shape, chunk = metadata["shape"], metadata["chunk_grid"]["configuration"]["chunk_shape"]
+    check_extent(folder, shape, 1, chunk)
     counts = [-(-size // side) for size, side in zip(shape, chunk, strict=True)]
     expected = {"/".join(map(str, ("c", *place))) for place in itertools.product(*map(range, counts))}
-    there = _list_files(folder)
+    there = {*list_files(folder)} - {"zarr.json"}
     found.strays = sorted(there - expected)
     whole = whole or metadata.get("attributes", {}).get(EVERY_CHUNK) is True
     layout = ShardLayout.of(folder, metadata)
@@ -67,11 +68,11 @@ def verify_array(folder: Path, metadata: dict[str, Any], whole: bool) -> ArrayFi
         if problem:
             found.problems.append((name, problem))
         found.files += 1
-        found.bytes += (folder / name).stat().st_size
+        found.bytes += file_size(folder / name)
     return found
 
 
-def _verify_chunk(path: Path) -> str | None:
+def _verify_chunk(path: Place) -> str | None:
     """What is wrong with a file that is one chunk."""
     data = path.read_bytes()
     if len(data) < _CHECKSUM_BYTES:
@@ -90,15 +91,6 @@ def _verify_shard(layout: ShardLayout, name: str) -> str | None:
     except ValueError as error:
         return f"is torn or rotten ({error})"
     return None
-
-
-def _list_files(folder: Path) -> set[str]:
-    """Paths of all files below a folder, from it, but for its ``zarr.json``."""
-    found = set()
-    for place, _, names in os.walk(folder):
-        inside = Path(place).relative_to(folder)
-        found |= {(inside / name).as_posix() for name in names}
-    return found - {"zarr.json"}
 
 
 def _natural(name: str) -> tuple[int, ...]:

@@ -15,7 +15,8 @@ from wsi_engine.errors import InputError
 from wsi_engine.integrity.report import CheckReport, Finding, PartReport
 from wsi_engine.integrity.runs import check_run
 from wsi_engine.integrity.stores import check_store
-from wsi_engine.lease import LeaseSight
+from wsi_engine.leaserecord import lease_record
+from wsi_engine.places import Place, RemotePath, as_place, list_folders, list_names
 
 _WORKERS = 4
 """Stores that are read at a time: a network file system answers slowly, not little."""
@@ -23,12 +24,12 @@ _WORKERS = 4
 _DRAFT = re.compile(r"^\..+\.(\d+|\d+\.partial|[0-9a-f]{32}\.partial)$")
 """Files that are written under another name first, and renamed when they are whole."""
 
-_CLAIM = re.compile(r"^\..+\.lease(\.[0-9a-f]{32}\.(draft|end))+$")
+_CLAIM = re.compile(r"^\..+\.lease(\.[0-9a-f]{32}\.(draft|end|beat))+$")
 
 _ROWS = re.compile(r"\.\d+-\d+$")
 """In the name of a lease on some rows of a slide."""
 
-_PROBE = re.compile(r"^\.write-test-\d+$")
+_PROBE = re.compile(r"^\.(write-test-\d+|run-[0-9a-f]{32})$")
 
 
 class CheckProgress(Protocol):
@@ -45,10 +46,10 @@ class CheckProgress(Protocol):
 class _Found:
     """What lies in the folders, each path once."""
 
-    stores: list[Path] = field(default_factory=list)
-    runs: list[Path] = field(default_factory=list)
-    leases: list[Path] = field(default_factory=list)
-    drafts: list[Path] = field(default_factory=list)
+    stores: list[Place] = field(default_factory=list)
+    runs: list[Place] = field(default_factory=list)
+    leases: list[Place] = field(default_factory=list)
+    drafts: list[Place] = field(default_factory=list)
 
 
 def check_stores(
@@ -76,10 +77,14 @@ def check_stores(
     begun = time.perf_counter()
     named = [folders] if isinstance(folders, str | os.PathLike) else list(folders)
     found = _Found()
-    for folder in map(Path, named):
-        if not folder.is_dir():
-            raise InputError(f"there is no folder {folder}: give a folder of stores or of a training run")
-        _search(folder, found)
+    for folder in dict.fromkeys(map(_resolve, named)):
+        try:
+            if not folder.is_dir():
+                raise InputError(f"there is no folder {folder}: give a folder of stores or of a training run")
+            _search(folder, found)
+        except OSError as error:
+            raise InputError(f"cannot read the folder {folder}: {error.strerror or error}") from error
+    found = _Found(*(list(dict.fromkeys(places)) for places in (found.stores, found.runs, found.leases, found.drafts)))
     parts = len(found.stores) + len(found.runs)
     if not (parts or found.leases or found.drafts):
         raise InputError(f"{', '.join(map(str, named))} holds neither stores nor training runs: give their folder")
@@ -103,31 +108,39 @@ def check_stores(
     return CheckReport(len(found.stores), len(found.runs), files, size, tuple(findings), seconds)
 
 
-def _check_all(pool: ThreadPoolExecutor, found: _Found, written: set[str]) -> Iterator[tuple[Path, PartReport]]:
+def _check_all(pool: ThreadPoolExecutor, found: _Found, written: set[str]) -> Iterator[tuple[Place, PartReport]]:
     """Each store and run with what was found in it, in order."""
     for check, paths in ((check_store, found.stores), (check_run, found.runs)):
         free = [path for path in paths if str(path) not in written]
         yield from zip(free, pool.map(check, free), strict=True)
 
 
-def _search(folder: Path, found: _Found) -> None:
+def _search(folder: Place, found: _Found) -> None:
     """Stores, runs and hidden files of the engine, sorted by path; what lies in a store is the store's."""
     if _is_store(folder):
         found.stores += [folder]
         found.leases += [path for path in [folder.with_name(f".{folder.stem}.lease")] if path.exists()]
         return
-    for place, folders, names in os.walk(folder):
-        here = Path(place)
-        if "run.json" in names:
-            found.runs.append(here)
-        found.leases += [here / name for name in sorted(names) if name.startswith(".") and name.endswith(".lease")]
-        found.drafts += [here / name for name in sorted(names) if _is_draft(name)]
-        stores = sorted(name for name in folders if _is_store(here / name))
-        found.stores += [here / name for name in stores]
-        folders[:] = sorted(set(folders) - set(stores))
+    folders = list_folders(folder)
+    names = sorted({*list_names(folder)} - {*folders})
+    if "run.json" in names and isinstance(folder, Path):
+        found.runs.append(folder)
+    found.leases += [folder / name for name in names if name.startswith(".") and name.endswith(".lease")]
+    found.drafts += [folder / name for name in names if _is_draft(name)]
+    for inner in (folder / name for name in folders):
+        if _is_store(inner):
+            found.stores.append(inner)
+        elif isinstance(inner, RemotePath) or not inner.is_symlink():
+            _search(inner, found)
 
 
-def _is_store(folder: Path) -> bool:
+def _resolve(folder: str | os.PathLike[str]) -> Place:
+    """A folder by one name, whichever it was given by."""
+    place = as_place(folder)
+    return place.resolve() if isinstance(place, Path) else place
+
+
+def _is_store(folder: Place) -> bool:
     return folder.suffix == ".zarr" or (folder / "zarr.json").exists()
 
 
@@ -135,11 +148,11 @@ def _is_draft(name: str) -> bool:
     return any(pattern.match(name) for pattern in (_DRAFT, _CLAIM, _PROBE))
 
 
-def _judge_leases(paths: Iterable[Path]) -> Iterator[Finding]:
+def _judge_leases(paths: Iterable[Place]) -> Iterator[Finding]:
     """What each lease says of its store or run; that of a living process names the store or run itself."""
     for path in paths:
         try:
-            sight = LeaseSight.look(path)
+            sight = lease_record(path).look()
         except OSError as error:
             yield Finding("damaged", str(path), f"cannot be read ({error.strerror or error})", "make it readable")
             continue
@@ -159,7 +172,7 @@ def _judge_leases(paths: Iterable[Path]) -> Iterator[Finding]:
             yield Finding("leftover", str(path), what, "leave it while that process runs; the next run sees to it")
 
 
-def _judge_drafts(paths: Iterable[Path]) -> Iterator[Finding]:
+def _judge_drafts(paths: Iterable[Place]) -> Iterator[Finding]:
     for path in paths:
         yield Finding(
             "leftover", str(path), "is a draft of a killed process", "delete it when nothing runs in its folder"

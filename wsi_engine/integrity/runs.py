@@ -84,10 +84,18 @@ class _RunCheck:
         digests = record.summary.get(DIGESTS)
         for name, digest in (digests if isinstance(digests, dict) else {}).items():
             path = self._run.path / name
-            if str(path) in named or not path.is_file():
+            if str(path) in named:
                 continue
-            if file_digest(path) != digest:
-                self._spoilt(path, "is not what it was when the run ended (its digest differs)", record)
+            try:
+                same = file_digest(path) == digest
+            except FileNotFoundError:
+                if record.complete:
+                    self._spoilt(path, "is missing", record)
+            except OSError as error:
+                self._spoilt(path, f"cannot be read ({error.strerror or error})", record)
+            else:
+                if not same:
+                    self._spoilt(path, "is not what it was when the run ended (its digest differs)", record)
 
     def _spoilt(self, path: Path, what: str, record: RunRecord) -> None:
         """Something is wrong with a file; of a run that is not complete, it is made again."""
@@ -113,5 +121,5 @@ def _is_sound_zip(path: Path) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.testzip() is None
-    except (zipfile.BadZipFile, OSError, EOFError):
+    except Exception:  # of a damaged archive it raises almost anything
         return False

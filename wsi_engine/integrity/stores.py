@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
-import zarr
-
 from wsi_engine.errors import StoreError
+from wsi_engine.extents import read_json
 from wsi_engine.integrity.arrays import ArrayFiles, verify_array
 from wsi_engine.integrity.report import Finding, Kind, PartReport
 from wsi_engine.nuclei.instances import MEASUREMENTS
-from wsi_engine.store import FeatureStore, storing
+from wsi_engine.places import Place, list_files, list_folders, list_names
+from wsi_engine.store import FeatureStore
 
 _COLUMNS = ("offsets", "points", "centroid", "area_um2", "score", *MEASUREMENTS)
 
@@ -20,7 +18,7 @@ _AGAIN = {"features": "wsi extract", "attention": "wsi classify", "nuclei": "wsi
 """Which command makes a part of a store."""
 
 
-def check_store(path: Path) -> PartReport:
+def check_store(path: Place) -> PartReport:
     """Verify all files of a store, and that its parts fit together."""
     check = _StoreCheck(path)
     check.run()
@@ -30,7 +28,7 @@ def check_store(path: Path) -> PartReport:
 class _StoreCheck:
     """Goes through one store and keeps what it finds."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Place) -> None:
         self._path = path
         self._grids: dict[str, tuple[str, int]] = {}
         self.findings: list[Finding] = []
@@ -56,7 +54,7 @@ class _StoreCheck:
             self._store = FeatureStore.open(self._path)
             _ = self._store.slide
         except StoreError as error:
-            begun = all(file.suffix == ".partial" for file in self._path.rglob("*") if file.is_file())
+            begun = all(name.endswith(".partial") for name in list_files(self._path))
             if begun:
                 self._add("unfinished", self._path, "is a store that was only just begun", "run the same command again")
             else:
@@ -83,7 +81,7 @@ class _StoreCheck:
         if not whole:
             self._add("damaged", folder, "is not the mask that was stored (its digest differs)", cure)
 
-    def _check_grid(self, folder: Path) -> None:
+    def _check_grid(self, folder: Place) -> None:
         origins, cure = folder / "origins", f"delete {self._path} and run wsi extract again"
         attrs = self._read_array(origins, "digest", cure)
         if attrs is None:
@@ -95,7 +93,7 @@ class _StoreCheck:
             return
         self._grids[folder.name] = grid.digest, len(grid)
 
-    def _check_features(self, folder: Path) -> None:
+    def _check_features(self, folder: Place) -> None:
         values, partial = folder / "values", folder / "partial"
         if self._attributes(values).get("complete") is True:
             self._read_on_grid(values)
@@ -113,20 +111,20 @@ class _StoreCheck:
             said += f", and {len(torn.problems)} torn ones are made again" if torn.problems else ""
         self._add("unfinished", folder, f"is not complete{said}", "run wsi extract again to finish it")
 
-    def _check_attention(self, folder: Path) -> None:
+    def _check_attention(self, folder: Place) -> None:
         values = folder / "values"
         if self._attributes(values).get("complete") is True:
             self._read_on_grid(values)
         elif not self._is_spoilt(values, self._cure(folder)):
             self._add("unfinished", folder, "is not complete", "run wsi classify again to finish it")
 
-    def _check_nuclei(self, folder: Path) -> None:
+    def _check_nuclei(self, folder: Place) -> None:
         attrs = self._attributes(folder)
         if attrs.get("complete") is not True:
             if not self._is_spoilt(folder, self._cure(folder)):
                 self._add("unfinished", folder, "is not complete", "run wsi nuclei again to finish it")
             return
-        before, rows, cure = len(self.findings), int(attrs.get("count", -1)), self._cure(folder)
+        before, rows, cure = len(self.findings), attrs.get("count"), self._cure(folder)
         lengths = {}
         for column in _COLUMNS:
             metadata = _metadata(folder / column)
@@ -139,18 +137,19 @@ class _StoreCheck:
             lengths[column] = (metadata.get("shape") or [-1])[0]
         if len(self.findings) > before:
             return
+        if not isinstance(rows, int):
+            self._add("damaged", folder, "does not say how many nuclei it holds", cure)
+            return
         wanted = dict.fromkeys(_COLUMNS, rows) | {"offsets": rows + 1, "points": lengths["points"]}
         try:
-            with storing(str(self._path)):
-                array = zarr.open_array(folder / "offsets", mode="r")
-                last = int(array[rows])  # type: ignore[arg-type]
+            last = int(self._store.read(f"nuclei/{folder.name}/offsets")[-1])
         except StoreError as error:
             self._add("damaged", folder / "offsets", str(error), cure)
             return
         if lengths != wanted or last != lengths["points"]:
             self._add("damaged", folder, "has columns whose lengths do not fit together", cure)
 
-    def _read_on_grid(self, values: Path) -> None:
+    def _read_on_grid(self, values: Place) -> None:
         """A complete array with a row for each tile."""
         cure = self._cure(values.parent)
         attrs = self._read_array(values, "complete", cure)
@@ -163,7 +162,7 @@ class _StoreCheck:
         elif (attrs.get("grid_digest"), _metadata(values)["shape"][0]) != grid:
             self._add("damaged", values, "was made on other tiles than its grid has", cure)
 
-    def _read_array(self, folder: Path, mark: str, cure: str) -> dict[str, Any] | None:
+    def _read_array(self, folder: Place, mark: str, cure: str) -> dict[str, Any] | None:
         """Attributes of an array that counts and is whole, or None; ``mark`` is the attribute that is written last."""
         metadata = _metadata(folder)
         attrs: dict[str, Any] = metadata.get("attributes", {})
@@ -176,18 +175,18 @@ class _StoreCheck:
         self._report(folder, self._verify(folder, metadata, folder.parent.parent.name == "features"), cure)
         return None if any(one.kind == "damaged" for one in self.findings[before:]) else attrs
 
-    def _is_spoilt(self, folder: Path, cure: str) -> bool:
+    def _is_spoilt(self, folder: Place, cure: str) -> bool:
         """Whether a group or array has metadata that cannot be read; what was only begun has none."""
         spoilt = not _metadata(folder) and (folder / "zarr.json").exists()
         if spoilt:
             self._add("damaged", folder, "has a zarr.json that cannot be read", cure)
         return spoilt
 
-    def _verify(self, folder: Path, metadata: dict[str, Any], whole: bool = False) -> ArrayFiles:
+    def _verify(self, folder: Place, metadata: dict[str, Any], whole: bool = False) -> ArrayFiles:
         """The files of an array; what it lacks of being one is a problem of its ``zarr.json``."""
         try:
             found = verify_array(folder, metadata or _metadata(folder), whole)
-        except (LookupError, TypeError, ValueError):
+        except (LookupError, TypeError, ValueError, AttributeError):
             return ArrayFiles([("zarr.json", "describes no array")])
         except OSError as error:
             return ArrayFiles([(error.filename or "zarr.json", f"cannot be read ({error.strerror or error})")])
@@ -195,43 +194,43 @@ class _StoreCheck:
         self.bytes += found.bytes
         return found
 
-    def _report(self, folder: Path, found: ArrayFiles, cure: str) -> None:
+    def _report(self, folder: Place, found: ArrayFiles, cure: str) -> None:
         for name, what in found.problems:
             self._add("damaged", folder / name, what, cure)
         for name in found.strays:
             self._add("leftover", folder / name, "belongs to nothing in the store", "delete it")
 
-    def _folders(self, part: str) -> list[Path]:
+    def _folders(self, part: str) -> list[Place]:
         """What a group of the store holds, sorted."""
         group = self._path / part
-        if not group.is_dir():
-            return []
-        self._find_strays(group)
-        folders = sorted(entry for entry in group.iterdir() if entry.is_dir())
+        folders = [group / name for name in list_folders(group)]
+        if folders:
+            self._find_strays(group)
         for folder in folders:
             self._find_strays(folder)
         return folders
 
-    def _find_strays(self, group: Path) -> None:
+    def _find_strays(self, group: Place) -> None:
         """Files in a group that are none of Zarr's: drafts of killed writers."""
-        for entry in sorted(group.iterdir()):
+        for entry in [group / name for name in sorted(list_names(group))]:
             if entry.is_file() and entry.name != "zarr.json":
                 self._add("leftover", entry, "is a draft of a writer that was killed", "delete it")
 
-    def _attributes(self, folder: Path) -> dict[str, Any]:
+    def _attributes(self, folder: Place) -> dict[str, Any]:
         return dict(_metadata(folder).get("attributes") or {})
 
-    def _cure(self, folder: Path) -> str:
+    def _cure(self, folder: Place) -> str:
         return f"delete {folder} and run {_AGAIN[folder.parent.name]} again"
 
-    def _add(self, kind: Kind, path: Path, what: str, cure: str) -> None:
+    def _add(self, kind: Kind, path: Place, what: str, cure: str) -> None:
         self.findings.append(Finding(kind, str(path), what, cure))
 
 
-def _metadata(folder: Path) -> dict[str, Any]:
+def _metadata(folder: Place) -> dict[str, Any]:
     """The ``zarr.json`` of a group or array; empty where there is none that can be read."""
     try:
-        value = json.loads((folder / "zarr.json").read_bytes())
+        value = read_json(folder / "zarr.json")
     except (OSError, ValueError):
         return {}
-    return value if isinstance(value, dict) else {}
+    sound = isinstance(value, dict) and isinstance(value.get("attributes", {}), dict)
+    return value if sound else {}

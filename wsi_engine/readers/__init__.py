@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 
 from wsi_engine.clock import StageClock
 from wsi_engine.errors import SettingsError, SlideError
+from wsi_engine.places import is_url, local_path
 from wsi_engine.readers import magic
-from wsi_engine.readers.base import DamagedError, Reader, is_url, local_path
+from wsi_engine.readers.base import DamagedError, Reader
 
 __all__ = ["READERS", "is_url", "open_reader"]
 

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Protocol, TypeAlias, runtime_checkable
-from urllib.parse import urlsplit
-from urllib.request import url2pathname
 
 import numpy as np
 from numpy.typing import NDArray
@@ -134,13 +131,3 @@ def level_downsample(base: tuple[int, int], size: tuple[int, int]) -> float:
     if nearest >= 1 and all(abs(full / nearest - part) < 1 for full, part in zip(base, size, strict=True)):
         return float(nearest)
     return sum(ratios) / 2
-
-
-def is_url(source: str) -> bool:
-    """Whether a source is to be fetched (``s3://…``, ``https://…``) rather than read from a local path."""
-    return re.match(r"[A-Za-z][A-Za-z0-9+.:-]*://", source) is not None and not source.lower().startswith("file://")
-
-
-def local_path(source: str) -> str:
-    """The path that a ``file://`` URL stands for; any other source as it is."""
-    return url2pathname(urlsplit(source).path) if source.lower().startswith("file://") else source

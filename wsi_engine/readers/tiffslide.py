@@ -11,13 +11,13 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import numpy as np
-from fsspec.core import url_to_fs
 from numpy.typing import NDArray
 from tifffile import PHOTOMETRIC, TiffPage
 from tiffslide import TiffSlide
 
 from wsi_engine.clock import StageClock
 from wsi_engine.errors import SlideError
+from wsi_engine.places import open_file_system, scheme_of
 from wsi_engine.readers.base import BACKGROUND, Level, Metadata, RGBImage, level_downsample
 from wsi_engine.readers.image import to_rgb
 from wsi_engine.readers.tables import check_tiff
@@ -27,9 +27,6 @@ BLOCK_BYTES = 1 << 20
 """Bytes fetched at once from a remote file: many tiles, and few enough not to fetch what is not asked for."""
 
 T = TypeVar("T")
-
-CONNECT_SECONDS, READ_SECONDS = 10.0, 30.0
-"""For which a server may take to answer, and to send the next bytes."""
 
 RETRY_SECONDS = (0.5, 2.0)
 """Pauses before a server is asked again."""
@@ -152,38 +149,12 @@ def _open_source(source: str) -> Any:
     """Return what tiffslide opens: a path, or a file object that fetches a remote file in blocks."""
     if "://" not in source:
         return source
-    scheme = source.split("://", 1)[0].lower()
-    options = _OPTIONS.get(scheme, dict)()
-    system, path = url_to_fs(source, **options)
-    if options and hasattr(system, "retries"):
-        system.retries = 1  # s3fs would ask 25 times, and wait for each answer
+    system, path = open_file_system(source, attempts=1)
     cache = {"cache_type": "blockcache", "cache_options": {"maxblocks": MAX_BLOCKS}}
     file = _ask(lambda: system.open(path, "rb", block_size=BLOCK_BYTES, **cache))
-    if options and hasattr(getattr(file, "cache", None), "fetcher"):
+    if hasattr(getattr(file, "cache", None), "fetcher"):
         file.cache.fetcher = _PersistentFetch(file.cache.fetcher)
     return file
-
-
-def _s3_options() -> dict[str, Any]:
-    """No answer is waited for without end."""
-    config: dict[str, Any] = {"connect_timeout": CONNECT_SECONDS, "read_timeout": READ_SECONDS}
-    if "AWS_MAX_ATTEMPTS" not in os.environ:
-        config["retries"] = {"total_max_attempts": 1}
-    return {"config_kwargs": config}
-
-
-def _web_options() -> dict[str, Any]:
-    """No answer is waited for without end; a slide may take as long as it needs while bytes come."""
-    try:
-        from aiohttp import ClientTimeout  # noqa: PLC0415 - an optional dependency
-    except ImportError:
-        return {}  # fsspec says what is missing
-    return {"client_kwargs": {"timeout": ClientTimeout(None, sock_connect=CONNECT_SECONDS, sock_read=READ_SECONDS)}}
-
-
-_OPTIONS: dict[str, Callable[[], dict[str, Any]]] = {
-    "http": _web_options, "https": _web_options, "s3": _s3_options, "s3a": _s3_options,
-}  # fmt: skip
 
 
 class _PersistentFetch:
@@ -282,7 +253,7 @@ def _explain(error: Exception, where: str) -> str:
     """What went wrong and what to do, in one line without a full stop."""
     text = " ".join(str(error).split()).rstrip(".")
     if isinstance(error, ImportError):
-        scheme = where.split("://", 1)[0].lower()
+        scheme = scheme_of(where)
         extra = {"s3": "s3", "s3a": "s3", "http": "http", "https": "http"}.get(scheme)
         cure = f'pip install "wsi-engine[{extra}]"' if extra else text
         return f"a package for {scheme}:// is missing; {cure}"
