@@ -109,8 +109,8 @@ class Timing:
         return self.maps / self.after
 
 
-def time_method(name: str, tile_px: int, repeats: int = 5) -> Timing:
-    """Time a method's maps, reading included, and what follows them: best of several, after a first round."""
+def time_method(name: str, tile_px: int, repeats: int = 7) -> Timing:
+    """Time a method's maps, reading included, and what follows them: medians of several, after a first round."""
     method: NucleiMethod = create_method(name, device="cpu")
     mapping, after, nuclei = [], [], 0
     with open_slide(paint_tissue(), 0.25) as slide:
@@ -133,7 +133,8 @@ def time_method(name: str, tile_px: int, repeats: int = 5) -> Timing:
             nuclei += len(last) if last else 0
             after.append(time.process_time() - start + cleaning)
     pixels = SIDE**2 / 1e6
-    return Timing(pixels / (min(mapping[1:]) - cleaning), pixels / min(after[1:]), nuclei)
+    middle = statistics.median
+    return Timing(pixels / (middle(mapping[1:]) - cleaning), pixels / middle(after[1:]), nuclei)
 
 
 def _time_cleaning(fitted: FittedMethod, maps: NDArray[np.float32]) -> float:

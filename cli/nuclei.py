@@ -52,7 +52,9 @@ def nuclei(
         typer.Argument(metavar="SLIDE|IMAGE|DIR|CSV...", help="Slides, pictures, folders, CSV files or URLs.",
                        show_default=False),
     ],
-    out: Annotated[Path, typer.Option("-o", "--out", help="Folder of the results.", show_default=False)],
+    out: Annotated[
+        str, typer.Option("-o", "--out", metavar="DIR|URL", help="Folder of the results.", show_default=False)
+    ],
     method: Annotated[
         str, typer.Option(help="student, stain, scale-attention, or builtin: the student, or what --model is of.")
     ] = "builtin",
@@ -127,7 +129,7 @@ def _describe(result: NucleiResult) -> Text:
     return Text.assemble((result.status, _STYLES[result.status]), words)
 
 
-def _print_report(report: NucleiReport, out: Path) -> None:
+def _print_report(report: NucleiReport, out: str) -> None:
     """A table of the slides that have nuclei, one of those that failed, and where the files are."""
     found = [result for result in report.results if result.status not in ("failed", "busy")]
     if found:

@@ -162,7 +162,12 @@ def _trace_loop(
 
 
 def trace_contours(
-    labels: NDArray[Any], *, offset: tuple[float, float] = (0, 0), scale: float = 1.0, simplify: float = 0.0
+    labels: NDArray[Any],
+    *,
+    offset: tuple[float, float] = (0, 0),
+    scale: float = 1.0,
+    simplify: float = 0.0,
+    runs: LabelRuns | None = None,
 ) -> Contours:
     """Outer contours of every label but 0, as polygons along the edges between pixels.
 
@@ -183,6 +188,7 @@ def trace_contours(
         simplify: points may be dropped where the outline moves by no more than this, in pixels of ``labels``
             (Douglas-Peucker); 0 keeps the exact outline. A ring that would cross or touch itself, or vanish, is
             simplified less. Neighbouring rings may then overlap a little.
+        runs: those of ``labels``, where they are known; None finds them.
 
     Returns:
         ``Contours``, rings in ascending order of labels.
@@ -206,7 +212,7 @@ def trace_contours(
         raise ValueError(f"trace_contours takes a finite scale above 0, not {scale}")
     if not (np.isfinite(simplify) and simplify >= 0):
         raise ValueError(f"trace_contours takes a finite tolerance of at least 0 to simplify by, not {simplify}")
-    found = find_runs(labels, "trace_contours")
+    found = find_runs(labels, "trace_contours") if runs is None else runs
     if not len(found.label):
         return Contours(np.zeros(0, np.int64), np.zeros(1, np.int64), np.zeros((0, 2)))
     owners, sizes, points = _trace_groups(labels, found, float(simplify))

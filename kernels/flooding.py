@@ -9,9 +9,10 @@ from numpy.typing import NDArray
 
 from wsi_engine.kernels._compile import compiled
 from wsi_engine.kernels.bits import LAST, ONE, lowest_bit
-from wsi_engine.kernels.sorting import sort_by_key
+from wsi_engine.kernels.sorting import sort_by_key, sort_packed
 
 _SIGN, _SIX = np.uint64(1 << 63), np.uint64(6)
+_SIGN_32, _UPPER, _LOWER = np.uint32(1 << 31), np.uint64(32), np.uint64((1 << 32) - 1)
 _SPARSE = 8
 """A component is flooded in a box of its own, near in memory, unless the box has more than this many times its area."""
 
@@ -50,6 +51,38 @@ def _rank_pixels(
             bucket = i
         tails[i] = i
         state[places[side, i]] = bucket + 1
+
+
+@compiled
+def _rank_narrow(
+    runs: NDArray[np.int32],
+    image: NDArray[np.float32],
+    corner: int,
+    width: int,
+    values: NDArray[np.float32],
+    items: NDArray[np.uint64],
+    state: NDArray[np.int32],
+    tails: NDArray[np.int32],
+) -> None:
+    """As :func:`_rank_pixels` for float32: value and place share a word."""
+    n, bits = 0, values.view(np.uint32)
+    for k in range(runs.shape[0]):
+        line = image[runs[k, 0], runs[k, 1] : runs[k, 2]]
+        place = np.int64(runs[k, 0]) * width + runs[k, 1] - corner
+        for x in range(line.size):
+            values[x] = np.float32(line[x]) + np.float32(0)  # makes −0 into 0
+        for x in range(line.size):
+            key = ~bits[x] if bits[x] & _SIGN_32 else bits[x] | _SIGN_32
+            items[0, n + x] = (np.uint64(key) << _UPPER) | np.uint64(place + x)
+        n += line.size
+    side = sort_packed(items, n)
+    ranked, bucket, before = items[side], 0, items[side, 0] >> _UPPER
+    for i in range(n):
+        key = ranked[i] >> _UPPER
+        if key != before:
+            bucket, before = i, key
+        tails[i] = i
+        state[ranked[i] & _LOWER] = bucket + 1
 
 
 @compiled
@@ -118,7 +151,9 @@ def flood_components(
     The state of a pixel is 1 + bucket before it has a label, then −label; it is 0 outside of the component. It is kept
     in a box of one pixel around the component, or of sparse ones in ``sheet``, a box around the image.
     """
-    values, keys, places = np.empty(room), np.empty((2, room), np.uint64), np.empty((2, room), np.int32)
+    narrow = image.itemsize == 4
+    values, keys = np.empty(0 if narrow else room), np.empty((2, room), np.uint64)
+    places, line = np.empty((2, 0 if narrow else room), np.int32), np.empty(image.shape[1], np.float32)
     queue, tails, level = np.empty(room, np.int32), np.empty(room, np.int32), np.empty(room, np.int32)
     used, box = np.zeros((room >> 6) + 1, np.uint64), np.empty(min(_SPARSE * room, sheet.size), np.int32)
     for c in range(starts.size - 1):
@@ -136,7 +171,10 @@ def flood_components(
         else:
             state, width, top, left = sheet, image.shape[1] + 2, 0, 0
         corner = (top - 1) * width + left - 1
-        _rank_pixels(own, image, corner, width, values, keys, places, state, tails)
+        if narrow:
+            _rank_narrow(own, image, corner, width, line, keys, state, tails)
+        else:
+            _rank_pixels(own, image, corner, width, values, keys, places, state, tails)
         for k in range(own.shape[0]):
             y = own[k, 0]
             for x in range(own[k, 1], own[k, 2]):

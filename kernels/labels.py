@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wsi_engine.kernels._compile import compiled
-from wsi_engine.kernels.components import check_connectivity, find_components, paint_components
+from wsi_engine.kernels.components import Components, check_connectivity, find_components, paint_components
 from wsi_engine.kernels.distance import as_mask
 from wsi_engine.kernels.runs import as_labels
 
@@ -51,6 +51,21 @@ def _border_loop(
             inner[owner[k]] = False
 
 
+def find_holes(mask: NDArray[np.bool_]) -> tuple[Components, NDArray[np.bool_]]:
+    """Components of the False pixels, joined by sides, and which of them are holes: do not reach the border.
+
+    Args:
+        mask: bool (H, W), C-contiguous.
+
+    Returns:
+        components 1 … n, and bool (n + 1,), whose place 0 is not used.
+    """
+    components = find_components(~mask, 4)
+    holes = np.ones(components.count + 1, np.bool_)
+    _border_loop(components.runs, components.owner, mask.shape[0], mask.shape[1], holes)
+    return components, holes
+
+
 def fill_holes(mask: NDArray[Any], max_area: float | None = None) -> NDArray[np.bool_]:
     """The mask with its holes filled: the regions of False pixels, joined by sides, that do not reach the border.
 
@@ -76,9 +91,7 @@ def fill_holes(mask: NDArray[Any], max_area: float | None = None) -> NDArray[np.
     mask = as_mask(mask, "fill_holes")
     if max_area is not None and not max_area >= 0:
         raise ValueError(f"fill_holes takes a greatest area of at least 0 pixels, not {max_area}")
-    components = find_components(~mask, 4)
-    wanted = np.ones(components.count + 1, np.bool_)
-    _border_loop(components.runs, components.owner, mask.shape[0], mask.shape[1], wanted)
+    components, wanted = find_holes(mask)
     if max_area is not None:
         wanted &= components.areas() <= max_area
     out = mask.copy()

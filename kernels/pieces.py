@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -11,35 +9,82 @@ from wsi_engine.kernels._compile import compiled
 
 
 @compiled
-def gather_along(runs: NDArray[np.int32], image: NDArray[Any], top: int, left: int, out: NDArray[Any]) -> None:
-    """Copy the pixels of runs, one after another, into ``out``.
+def gather_pieces(
+    runs: NDArray[np.int32],
+    owner: NDArray[np.int32],
+    run_at: NDArray[np.int64],
+    pixel_at: NDArray[np.int64],
+    image: NDArray[np.uint8],
+    maps: NDArray[np.float32],
+    detail: int,
+    taken: NDArray[np.int32],
+    pixels: NDArray[np.uint8],
+    values: NDArray[np.float32],
+) -> None:
+    """Copy the runs of some objects, and what lies under them, object after object.
+
+    Images are read in raster order, for the sake of the cache.
 
     Args:
-        runs: int32 (R, 3): row, first column, column after the last.
-        image: (H, W, C), whose first pixel is (``top``, ``left``) in the coordinates of the runs.
-        top: row of the image's first pixel.
-        left: column of the image's first pixel.
-        out: (P, C), P the pixels of all runs.
+        runs: int32 (R, 3) in raster order: row, first column, column after the last, in pixels of the maps.
+        owner: int32 (R,), the object of each run.
+        run_at: int64, where the runs of each object begin in ``taken``, −1 for those that are left out; used up.
+        pixel_at: int64, where their pixels begin; used up.
+        image: uint8 (h, w, 3).
+        maps: float32 (C, H, W).
+        detail: pixels of the maps along one pixel of the image.
+        taken: int32 (Q, 3).
+        pixels: uint8 (P, 3), run after run.
+        values: float32 (C, P), run after run.
     """
-    at = 0
-    for k in range(runs.shape[0]):
-        row = image[runs[k, 0] - top]
-        for x in range(runs[k, 1] - left, runs[k, 2] - left):
-            for c in range(out.shape[1]):
-                out[at, c] = row[x, c]
-            at += 1
+    for r in range(runs.shape[0]):
+        k = owner[r]
+        if run_at[k] < 0:
+            continue
+        y, begin, end = runs[r, 0], runs[r, 1], runs[r, 2]
+        size, at = end - begin, pixel_at[k]
+        place = taken[run_at[k]]
+        place[0], place[1], place[2] = y, begin, end
+        run_at[k] += 1
+        pixel_at[k] += size
+        row, colours = image[y // detail], pixels[at : at + size]
+        source, part = begin // detail, begin % detail
+        for x in range(size):
+            for c in range(3):
+                colours[x, c] = row[source, c]
+            part += 1
+            if part == detail:
+                part = 0
+                source += 1
+        for c in range(maps.shape[0]):
+            line, target = maps[c, y, begin:end], values[c, at : at + size]
+            for x in range(size):
+                target[x] = line[x]
 
 
 @compiled
-def gather_maps(runs: NDArray[np.int32], maps: NDArray[np.float32], top: int, left: int, out: NDArray[Any]) -> None:
-    """As :func:`gather_along` from maps (C, H, W)."""
-    for c in range(out.shape[1]):
-        at = 0
-        for k in range(runs.shape[0]):
-            row = maps[c, runs[k, 0] - top]
-            for x in range(runs[k, 1] - left, runs[k, 2] - left):
-                out[at, c] = row[x]
-                at += 1
+def order_pieces(
+    runs: NDArray[np.int32],
+    order: NDArray[np.int64],
+    begins: NDArray[np.int64],
+    pixels: NDArray[np.uint8],
+    values: NDArray[np.float32],
+    ordered: NDArray[np.int32],
+    new_pixels: NDArray[np.uint8],
+    new_values: NDArray[np.float32],
+) -> None:
+    """Bring runs (R, 3) into another order with their pixels (P, 3) and values (C, P); ``begins`` (R,) of each run."""
+    at = 0
+    for i in range(order.size):
+        r = order[i]
+        for c in range(3):
+            ordered[i, c] = runs[r, c]
+        for k in range(begins[r], begins[r] + runs[r, 2] - runs[r, 1]):
+            for c in range(3):
+                new_pixels[at, c] = pixels[k, c]
+            for c in range(values.shape[0]):
+                new_values[c, at] = values[c, k]
+            at += 1
 
 
 @compiled
@@ -60,7 +105,7 @@ def paint_along(
         top: row of the canvas's first pixel, in the coordinates of the runs.
         left: its column.
         pixels: uint8 (P, 3), run after run.
-        maps: float32 (P, C), run after run.
+        maps: float32 (C, P), run after run.
         mask: bool (H, W); set where a run lies.
         canvas: uint8 (H, W, 3).
         fields: float32 (C, H, W).
@@ -76,7 +121,7 @@ def paint_along(
                 for c in range(3):
                     canvas[y, x, c] = pixels[source, c]
                 for c in range(fields.shape[0]):
-                    fields[c, y, x] = maps[source, c]
+                    fields[c, y, x] = maps[c, source]
         at += end - begin
 
 
@@ -124,10 +169,8 @@ def paint_sheet(
     runs: NDArray[np.int32],
     starts: NDArray[np.int64],
     shifts: NDArray[np.int64],
-    pixels: NDArray[np.uint8],
     maps: NDArray[np.float32],
-    owner: NDArray[np.int32],
-    canvas: NDArray[np.uint8],
+    mask: NDArray[np.bool_],
     fields: NDArray[np.float32],
 ) -> None:
     """Write objects onto a sheet, each moved by its own shift.
@@ -136,59 +179,22 @@ def paint_sheet(
         runs: int32 (R, 3), object after object.
         starts: int64 (n + 1,): the runs of object k are ``runs[starts[k]:starts[k + 1]]``.
         shifts: int64 (n, 2), rows and columns to add.
-        pixels: uint8 (P, 3), run after run.
-        maps: float32 (P, C), run after run.
-        owner: int32 (H, W), zero so far: becomes 1 + the object's number.
-        canvas: uint8 (H, W, 3).
+        maps: float32 (C, P), run after run.
+        mask: bool (H, W), set where an object lies.
         fields: float32 (C, H, W).
     """
     at = 0
     for k in range(starts.size - 1):
         for r in range(starts[k], starts[k + 1]):
-            y, begin, end = runs[r, 0] + shifts[k, 0], runs[r, 1] + shifts[k, 1], runs[r, 2] + shifts[k, 1]
-            for x in range(begin, end):
-                owner[y, x] = k + 1
-                for c in range(3):
-                    canvas[y, x, c] = pixels[at, c]
-                for c in range(fields.shape[0]):
-                    fields[c, y, x] = maps[at, c]
-                at += 1
-
-
-@compiled
-def sum_stains(
-    labels: NDArray[np.int32],
-    owner: NDArray[np.int32],
-    canvas: NDArray[np.uint8],
-    score: NDArray[np.float32],
-    density: NDArray[np.float64],
-    inverse: NDArray[np.float64],
-    out: NDArray[np.float64],
-) -> None:
-    """Sum the first two stains and a score over the pixels of each label that have an owner.
-
-    Args:
-        labels: int32 (H, W), 0 … n.
-        owner: int32 (H, W); pixels with 0 have no colour and are left out.
-        canvas: uint8 (H, W, 3).
-        score: float32 (H, W).
-        density: float64 (256,), optical density of each byte.
-        inverse: float64 (3, 3), from densities to concentrations.
-        out: float64 (n + 1, 6), zero so far: pixels, sum and sum of squares of both stains, sum of the score.
-    """
-    for y in range(labels.shape[0]):
-        for x in range(labels.shape[1]):
-            if labels[y, x] != 0 and owner[y, x] != 0:
-                red, green, blue = density[canvas[y, x, 0]], density[canvas[y, x, 1]], density[canvas[y, x, 2]]
-                first = red * inverse[0, 0] + green * inverse[1, 0] + blue * inverse[2, 0]
-                second = red * inverse[0, 1] + green * inverse[1, 1] + blue * inverse[2, 1]
-                row = out[labels[y, x]]
-                row[0] += 1
-                row[1] += first
-                row[2] += first * first
-                row[3] += second
-                row[4] += second * second
-                row[5] += score[y, x]
+            y, begin, size = runs[r, 0] + shifts[k, 0], runs[r, 1] + shifts[k, 1], runs[r, 2] - runs[r, 1]
+            row = mask[y, begin : begin + size]
+            for x in range(size):
+                row[x] = True
+            for c in range(maps.shape[0]):
+                line, source = fields[c, y, begin : begin + size], maps[c, at : at + size]
+                for x in range(size):
+                    line[x] = source[x]
+            at += size
 
 
 @compiled

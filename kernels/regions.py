@@ -12,7 +12,7 @@ from wsi_engine.kernels._compile import compiled
 from wsi_engine.kernels._threads import run_parallel, split_rows
 from wsi_engine.kernels.hulls import hull_area
 from wsi_engine.kernels.perimeters import measure_perimeters
-from wsi_engine.kernels.runs import as_labels, find_runs
+from wsi_engine.kernels.runs import LabelRuns, as_labels, find_runs
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,7 +141,9 @@ def _channels_loop(
             out[1, k, c] = np.sqrt(max(0.0, (squares[c] - total[c] * total[c] / area) / area))
 
 
-def measure_regions(labels: NDArray[Any], channels: NDArray[Any] | None = None) -> RegionTable:
+def measure_regions(
+    labels: NDArray[Any], channels: NDArray[Any] | None = None, *, runs: LabelRuns | None = None
+) -> RegionTable:
     """Measure every label of an image but 0.
 
     Equal to scikit-image's ``regionprops_table`` of the same properties within float rounding, with two differences:
@@ -154,6 +156,7 @@ def measure_regions(labels: NDArray[Any], channels: NDArray[Any] | None = None) 
         labels: bool or integer (H, W), at least 0; 0 is background. May be empty.
         channels: uint8 or float32 (H, W, C), or (H, W) for a single channel; None measures no values. Pixels outside
             the labels are not looked at.
+        runs: those of ``labels``, where they are known; None finds them.
 
     Returns:
         ``RegionTable``, a row per label present.
@@ -170,7 +173,7 @@ def measure_regions(labels: NDArray[Any], channels: NDArray[Any] | None = None) 
     """
     labels = as_labels(labels, "measure_regions")
     planes = _as_channels(channels, labels.shape)
-    found = find_runs(labels, "measure_regions")
+    found = find_runs(labels, "measure_regions") if runs is None else runs
     n = len(found.label)
     groups = split_rows(n) if n else []
     bbox, moments, convex = np.empty((n, 4), np.int64), np.zeros((n, 6), np.int64), np.empty(n, np.int64)

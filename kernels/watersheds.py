@@ -29,15 +29,16 @@ def _scan_loop(
 ) -> None:
     """Fill ``found`` of the runs first … stop − 1 with their marker, 0 without one, _SEVERAL, or what is wrong."""
     for k in range(first, stop):
-        y, begin, end = runs[k, 0], runs[k, 1], runs[k, 2]
+        row, line = markers[runs[k, 0], runs[k, 1] : runs[k, 2]], image[runs[k, 0], runs[k, 1] : runs[k, 2]]
         low, high, nan = np.int32(0), np.int32(0), False
-        for x in range(begin, end):
-            low, high = min(low, markers[y, x]), max(high, markers[y, x])
-            nan |= image[y, x] != image[y, x]
+        for x in range(row.size):
+            low, high = min(low, row[x]), max(high, row[x])
+        for x in range(row.size):
+            nan |= line[x] != line[x]
         found[k] = high
         if high > 0:
-            for x in range(begin, end):
-                if markers[y, x] != 0 and markers[y, x] != high:
+            for x in range(row.size):
+                if row[x] != 0 and row[x] != high:
                     found[k] = _SEVERAL
         if low < 0:
             found[k] = _NEGATIVE

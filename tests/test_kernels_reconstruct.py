@@ -184,6 +184,16 @@ def test_h_maxima_follow_the_definition_by_reconstruction(smoothed: np.ndarray, 
     np.testing.assert_array_equal(h_maxima(image / 1024, round(h * 1024) / 1024), expected)
 
 
+@pytest.mark.parametrize("h", [0.3, 1.0])
+def test_h_maxima_below_a_threshold_are_left_out(smoothed: np.ndarray, h: float) -> None:
+    everywhere, high = h_maxima(smoothed, h), float(np.float32(np.median(smoothed[h_maxima(smoothed, h)])))
+    expected = everywhere & (smoothed >= high)
+    assert 0 < expected.sum() < everywhere.sum()
+    np.testing.assert_array_equal(h_maxima(smoothed, h, threshold=high), expected)
+    with pytest.raises(ValueError, match="threshold"):
+        h_maxima(smoothed, h, threshold=float("nan"))
+
+
 def test_h_maxima_take_views_and_any_number_of_threads(threads: Callable[[int | None], None]) -> None:
     values = np.random.default_rng(5).integers(0, 200, (160, 900)).astype(np.uint8)
     view = values.T[::-1, ::2]

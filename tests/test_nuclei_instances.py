@@ -21,7 +21,7 @@ from wsi_engine.nuclei.instances import MEASUREMENTS, InstanceRecord, InstanceSe
 from wsi_engine.nuclei.keeping import check_nuclei, read_nuclei, stored_nuclei, write_nuclei
 from wsi_engine.nuclei.neighbours import count_neighbours
 from wsi_engine.nuclei.segmentation import segment_nuclei
-from wsi_engine.store import SlideRecord
+from wsi_engine.slide_record import SlideRecord
 from wsi_engine.synthetic import SlideSpec, SyntheticSlide
 
 

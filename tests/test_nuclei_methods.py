@@ -18,16 +18,13 @@ from wsi_engine.errors import ModelError, ScaleError, SettingsError
 from wsi_engine.kernels import measure_regions, nuclei_from_attention
 from wsi_engine.metrics.nuclei import aji, panoptic_quality
 from wsi_engine.models.nuclei_net import NucleiNet, NucleiNetSettings, load_nuclei_net, save_nuclei_net
-from wsi_engine.nuclei.methods import (
-    BUILTIN_WEIGHTS,
-    METHODS,
-    load_student,
-    resample_image,
-    resample_labels,
-    segment_image,
-)
+from wsi_engine.nuclei.images import resample_image, resample_labels, segment_image
 from wsi_engine.nuclei.stain import StainSettings, segment_by_stain
+from wsi_engine.nuclei.student_method import BUILTIN_WEIGHTS, StudentMethod
 from wsi_engine.synthetic import SlideSpec, SyntheticSlide
+
+METHODS = ("student", "stain")
+"""Those that look at an image as a whole."""
 
 Pixels = np.ndarray
 Labels = np.ndarray
@@ -152,7 +149,7 @@ def test_weights_of_the_users_own_are_used(tmp_path: Path, tissue: tuple[Pixels,
 def test_the_built_in_weights_are_small_documented_and_free() -> None:
     assert BUILTIN_WEIGHTS.stat().st_size < 8_000_000
     _, card = load_nuclei_net(BUILTIN_WEIGHTS)
-    assert card["mpp"] == load_student()[1] == 0.5
+    assert card["mpp"] == StudentMethod(device="cpu").mpp == 0.5
     assert card["licence"] == "Apache-2.0"
     text = BUILTIN_WEIGHTS.with_suffix(".md").read_text(encoding="utf-8")
     for word in ("Licence", "Data", "Recipe", "seed", "AJI", "without labels"):

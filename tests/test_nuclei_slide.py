@@ -156,14 +156,36 @@ def test_components_join_across_corners() -> None:
         part = np.ascontiguousarray(mask[y : y + 64, x : x + 64])
         window = WindowMaps((y // 64, x // 64), x, y, part, part[None].astype(np.float32), as_picture(part))
         done += joiner.add(window)
-    found = join_pieces(done)
-    assert sorted(map(tuple, found.boxes.tolist())) == [(60, 60, 68, 68), (60, 100, 70, 112)]
+    assert sorted(tuple(one.boxes[0].tolist()) for one in done) == [(60, 60, 68, 68), (60, 100, 70, 112)]
     assert joiner.open_components == 0
     whole = WindowPieces(mask, mask[None].astype(np.float32), as_picture(mask), 0, 0).all()
     assert len(whole) == 2
-    assert sorted(map(tuple, np.sort(found.runs, axis=0).tolist())) == sorted(
-        map(tuple, np.sort(whole.runs, axis=0).tolist())
-    )
+    cut = {(row, column) for part in done for row, first, stop in part.runs.tolist() for column in range(first, stop)}
+    assert cut == set(map(tuple, np.argwhere(mask).tolist()))
+
+
+def test_parts_come_together_in_raster_order_with_their_values() -> None:
+    rng = np.random.default_rng(4)
+    mask = blobs((60, 80), 4)
+    pixels, maps = rng.integers(0, 256, (30, 40, 3)).astype(np.uint8), rng.random((2, 60, 80)).astype(np.float32)
+    parts = [
+        WindowPieces(
+            np.ascontiguousarray(mask[:, x : x + 40]), maps[:, :, x : x + 40], pixels[:, x // 2 : x // 2 + 20], x, 0, 2
+        ).all()
+        for x in (40, 0)
+    ]
+    joined = join_pieces(parts)
+    rows, columns = np.nonzero(mask)  # in raster order, as the pixels of all runs must be
+    places = [(row, column) for row, first, stop in joined.runs.tolist() for column in range(first, stop)]
+    assert places == list(zip(rows.tolist(), columns.tolist(), strict=True))
+    assert np.array_equal(joined.pixels, pixels[rows // 2, columns // 2])
+    assert np.array_equal(joined.maps, maps[:, rows, columns])
+    each = WindowPieces(mask, maps, pixels, 0, 0, 2).take_each(np.array([0, 2]))
+    together = WindowPieces(mask, maps, pixels, 0, 0, 2).take(np.array([0, 2]))
+    for name in ("runs", "pixels"):
+        assert np.array_equal(np.concatenate([getattr(one, name) for one in each]), getattr(together, name))
+    assert np.array_equal(np.concatenate([one.maps for one in each], axis=1), together.maps)
+    assert np.array_equal(np.concatenate([one.boxes for one in each]), together.boxes)
 
 
 def test_a_component_across_all_tiles_is_whole() -> None:

@@ -16,9 +16,9 @@ from wsi_engine.metrics import aji
 from wsi_engine.models.nuclei_net import NucleiNet, NucleiNetSettings, save_nuclei_net
 from wsi_engine.models.scale_attention import ScaleAttention, ScaleAttentionSettings, normalise_pixels
 from wsi_engine.models.scale_files import save_scale_attention
+from wsi_engine.nuclei.images import segment_image
 from wsi_engine.nuclei.instances import InstanceSet
 from wsi_engine.nuclei.method import LARGEST_HOLE_UM2, METHOD_HOMES, NucleiMethod, create_method
-from wsi_engine.nuclei.methods import segment_image
 from wsi_engine.nuclei.scale_method import ScaleMethod
 from wsi_engine.nuclei.segmentation import segment_nuclei
 from wsi_engine.nuclei.stain_method import StainMethod
@@ -88,7 +88,7 @@ def test_tiles_and_threads_do_not_change_the_students_nuclei(
 
 def test_the_student_finds_what_it_finds_in_an_image(picture: Pixels, student: StudentMethod) -> None:
     part = picture[:640, :704]  # one window
-    ours, image = segment_nuclei(part, student, 0.25).labels(), segment_image(part, 0.25)
+    ours, image = segment_nuclei(part, student, 0.25).labels(), segment_image(part, 0.25, student)
     assert aji(image, ours) > 0.97
     assert abs(int(ours.max()) - int(image.max())) <= 0.02 * image.max()
 
@@ -106,7 +106,7 @@ def test_real_images_come_out_as_by_the_image_alone(shared_data: Path, student: 
     agreement = []
     for path in images[:3]:
         image = np.asarray(Image.open(path).convert("RGB"))
-        agreement.append(aji(segment_image(image, 0.25), segment_nuclei(image, student, 0.25).labels()))
+        agreement.append(aji(segment_image(image, 0.25, student), segment_nuclei(image, student, 0.25).labels()))
     assert min(agreement) > 0.9
 
 

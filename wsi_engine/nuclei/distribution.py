@@ -30,6 +30,7 @@ from wsi_engine.nuclei.slides import (
     nuclei_job,
     segment_source,
 )
+from wsi_engine.places import Place, as_place
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class NucleiSpec:
     """What a task is to do: ``identity`` is what its method must say of itself."""
 
     source: SlideSource
-    out: Path
+    out: Place
     method: MethodPlan
     identity: dict[str, Any]
     settings: NucleiSettings
@@ -85,8 +86,9 @@ class NucleiSpec:
 
 def segment_on_cluster(
     sources: Sequence[SlideSource],
-    out: Path,
+    out: Place,
     plan: MethodPlan,
+    method: NucleiMethod,
     settings: NucleiSettings,
     outputs: NucleiOutputs,
     reader: str,
@@ -95,12 +97,11 @@ def segment_on_cluster(
 ) -> NucleiReport:
     """:func:`~wsi_engine.nuclei.slides.segment_slides` by the workers of a cluster, with the same report and bytes.
 
+    ``method`` is what the plan describes.
+
     Raises:
         ClusterError: the scheduler went away for too long, or a worker does not see ``out``.
-        SettingsError: there is no such method.
-        ModelError: its weights are missing, damaged or of another model.
     """
-    method = plan.describe()
     if progress:
         progress.run_started(len(sources))
     begun = time.perf_counter()
@@ -111,7 +112,7 @@ def segment_on_cluster(
         worker = share_worker(session)
 
         def make(topic: str) -> list[Task[NucleiSpec]]:
-            folder, identity = Path(absolute_path(out)), method.to_json()
+            folder, identity = as_place(absolute_path(out)), method.to_json()
             specs = (
                 NucleiSpec(
                     absolute_source(source), folder, plan, identity, settings, outputs, reader, topic, worker, mark
@@ -145,6 +146,9 @@ def segment_slide(spec: NucleiSpec) -> NucleiResult:
     with ONE_AT_A_TIME:
         try:
             method = _load_method(spec.method, spec.worker)
+            if method.to_json() != spec.identity:  # a worker outlives files of weights
+                _load_method.cache_clear()
+                method = _load_method(spec.method, spec.worker)
             if method.to_json() != spec.identity:
                 raise ModelError(
                     f"the method {method.name} differs between workers: install the same version, and give all of "

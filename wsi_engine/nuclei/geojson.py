@@ -12,13 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wsi_engine.errors import StoreError
+from wsi_engine.kernels.texts import format_rings
 from wsi_engine.nuclei.instances import InstanceSet
 
 COLOUR = (40, 160, 90)
 """Red, green and blue that QuPath draws nuclei in."""
 
 _AT_A_TIME = 2_000
-_compact = json.JSONEncoder(separators=(",", ":")).encode
 _NAMESPACE = uuid.UUID("6c2f5a0e-3c57-5f0b-9d0c-0f6f1f1d7a11")
 
 
@@ -58,28 +58,23 @@ def _format_features(nuclei: InstanceSet) -> Iterator[tuple[int, str]]:
     table = nuclei.table()
     names = [name for name in table if name not in ("id", "x", "y")]
     classification = json.dumps({"name": "nucleus", "color": list(COLOUR)}, separators=(",", ":"))
+    measured = ",".join([f'"{name}":%.5g' for name in names])
+    feature = (
+        '{"type":"Feature","id":"%s","geometry":{"type":"Polygon","coordinates":[%s]},"properties":'
+        f'{{"objectType":"detection","classification":{classification},"measurements":{{{measured}}}}}}}'
+    )
     for start in range(0, len(nuclei), _AT_A_TIME):
         stop = min(start + _AT_A_TIME, len(nuclei))
-        low = int(nuclei.offsets[start])
-        points = _round_points(nuclei.points[low : int(nuclei.offsets[stop])])
-        bounds = (nuclei.offsets[start : stop + 1] - low).tolist()
-        columns = [np.char.mod("%.5g", table[name][start:stop]).tolist() for name in names]
-        lines = []
-        for row in range(stop - start):
-            ring = points[bounds[row] : bounds[row + 1]]
-            ring.append(ring[0])
-            measured = ",".join([f'"{name}":{column[row]}' for name, column in zip(names, columns, strict=True)])
-            lines.append(
-                f'{{"type":"Feature","id":"{uuid.uuid5(space, str(start + row + 1))}","geometry":{{"type":"Polygon",'
-                f'"coordinates":[{_compact(ring)}]}},"properties":{{"objectType":"detection",'
-                f'"classification":{classification},"measurements":{{{measured}}}}}}}'
-            )
+        bounds = nuclei.offsets[start : stop + 1]
+        rings = _format_rings(bounds - bounds[0], nuclei.points[bounds[0] : bounds[-1]])
+        columns = [table[name][start:stop].tolist() for name in names]
+        ids = [uuid.uuid5(space, str(number)) for number in range(start + 1, stop + 1)]
+        lines = [feature % parts for parts in zip(ids, rings, *columns, strict=True)]
         yield start, ",\n".join(lines)
 
 
-def _round_points(points: NDArray[np.float32]) -> list[list[float]]:
-    """Points (P, 2) to 0.01 px; as whole numbers where all of them are, which is shorter."""
-    rounded = np.round(points.astype(np.float64), 2)
-    whole = rounded.astype(np.int64)
-    out: list[list[float]] = (whole if np.array_equal(whole, rounded) else rounded).tolist()
-    return out
+def _format_rings(offsets: NDArray[np.int64], points: NDArray[np.float32]) -> list[str]:
+    """Rings to 0.01 px; in whole numbers where all of them are, which is shorter."""
+    places = points.astype(np.float64)
+    hundredths = np.rint(places * 100)
+    return format_rings(offsets, places, whole=not (hundredths % 100).any())

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,10 +20,12 @@ import zarr
 from numpy.typing import NDArray
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
+from wsi_engine.arrays import EVERY_CHUNK, storing
 from wsi_engine.errors import MismatchError, StoreError
-from wsi_engine.extents import read_array, read_json
+from wsi_engine.extents import read_json
 from wsi_engine.nuclei.instances import MEASUREMENTS, InstanceRecord, InstanceSet
-from wsi_engine.store import EVERY_CHUNK, FeatureStore, features_key, storing
+from wsi_engine.places import list_folders
+from wsi_engine.store import FeatureStore, features_key
 from wsi_engine.version import __version__
 
 _ROWS = 1 << 17
@@ -35,8 +36,8 @@ _IDENTITY = ("dimensions", "mpp", "method", "method_settings", "tissue_digest")
 
 def stored_nuclei(store: FeatureStore) -> tuple[str, ...]:
     """Names of the methods whose nuclei are complete in a store, sorted."""
-    folder = Path(store.path) / "nuclei"
-    there = sorted(entry.parent.name for entry in folder.glob("*/zarr.json")) if folder.is_dir() else []
+    with storing(store.path):
+        there = list_folders(store.place / "nuclei")
     return tuple(name for name in there if _attributes(store, name).get("complete") is True)
 
 
@@ -52,9 +53,8 @@ def read_nuclei(store: FeatureStore, method: str | None = None) -> InstanceSet:
         listed = ", ".join(there) or "none"
         wanted = "name one of them" if method is None else f"{method} is not among them"
         raise StoreError(f"{store.path} holds nuclei of {len(there)} methods ({listed}): {wanted}")
+    columns = {column: store.read(f"nuclei/{name}/{column}") for column in _columns()}
     with storing(store.path):
-        group, folder = store.group(f"nuclei/{name}"), Path(store.path) / "nuclei" / name
-        columns = {column: read_array(group, column, folder / column) for column in _columns()}
         _check_columns(columns)
         record = InstanceRecord.from_json(_attributes(store, name)["record"])
     return InstanceSet(
@@ -159,7 +159,7 @@ def _attributes(store: FeatureStore, name: str) -> dict[str, Any]:
     """Attributes of a method's group; empty where there is none."""
     with storing(store.path):
         try:
-            node = read_json(Path(store.path) / "nuclei" / name / "zarr.json")
+            node = read_json(store.place / "nuclei" / name / "zarr.json")
         except (FileNotFoundError, NotADirectoryError):
             return {}
         return dict(node.get("attributes", {}))

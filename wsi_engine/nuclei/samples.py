@@ -6,6 +6,7 @@ import logging
 import math
 import os
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,8 @@ from numpy.typing import NDArray
 from wsi_engine.errors import InputError, ScaleError
 from wsi_engine.inputs import find_slides
 from wsi_engine.kernels.filters import summed_area
-from wsi_engine.readers.base import RGBImage, is_url
+from wsi_engine.places import is_url
+from wsi_engine.readers.base import RGBImage
 from wsi_engine.slide import Slide, open_slide
 from wsi_engine.tissue import TissueMask, TissueSettings, detect_tissue
 
@@ -76,18 +78,19 @@ def open_picture(source: Source, mpp: float | None, image_mpp: float | None) -> 
         ScaleError: the scale is missing or not believable.
         SlideError: it cannot be read.
     """
-    slide = open_slide(source, mpp)
-    if mpp is None and slide.reader == "image" and slide.metadata.mpp is None:
-        if image_mpp is None:
-            slide.close()
-            raise ScaleError(
-                f"{slide.path} does not say how many micrometres its pixels measure: pass the true value with "
-                "--image-mpp (image_mpp in Python)"
-            )
-        slide.close()
-        slide = open_slide(source, image_mpp)
-    _ = slide.mpp
-    return slide
+    with ExitStack() as opened:
+        slide = opened.enter_context(open_slide(source, mpp))
+        if mpp is None and slide.reader == "image" and slide.metadata.mpp is None:
+            if image_mpp is None:
+                raise ScaleError(
+                    f"{slide.path} does not say how many micrometres its pixels measure: pass the true value with "
+                    "--image-mpp (image_mpp in Python)"
+                )
+            opened.close()
+            slide = opened.enter_context(open_slide(source, image_mpp))
+        _ = slide.mpp  # raises where it is not known
+        opened.pop_all()
+        return slide
 
 
 class CropSource:
@@ -195,17 +198,20 @@ def open_sampler(
         SlideError: a picture cannot be read.
     """
     kept, reasons = [], []
-    for source, mpp in pictures:
-        slide = open_picture(source, mpp, image_mpp)
-        crops = CropSource(slide, scales, crop_px, min_tissue)
-        reason = _why_not(crops, scales, crop_px, min_tissue)
-        if reason is None:
-            kept.append(crops)
-            continue
-        slide.close()
-        reasons.append(f"{slide.path} {reason}")
-    if not kept:
-        raise InputError(reasons[0] if reasons else "no image or slide was named: give files or folders")
+    with ExitStack() as all_opened:
+        for source, mpp in pictures:
+            with ExitStack() as opened:
+                slide = opened.enter_context(open_picture(source, mpp, image_mpp))
+                crops = CropSource(slide, scales, crop_px, min_tissue)
+                reason = _why_not(crops, scales, crop_px, min_tissue)
+                if reason is None:
+                    kept.append(crops)
+                    all_opened.push(opened.pop_all())
+                else:
+                    reasons.append(f"{slide.path} {reason}")
+        if not kept:
+            raise InputError(reasons[0] if reasons else "no image or slide was named: give files or folders")
+        all_opened.pop_all()
     for reason in reasons:
         log.warning("Left out: %s.", reason)
     return CropSampler(kept, scales)

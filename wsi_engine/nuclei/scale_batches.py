@@ -50,7 +50,11 @@ class CropFeed:
         self._pool = ThreadPoolExecutor(settings.workers, "crops")
         self._looks: list[Look] = []
         if settings.normalisation != "none":
-            self._looks = list(self._pool.map(self._measure, range(len(sampler.sources))))
+            try:
+                self._looks = list(self._pool.map(self._measure, range(len(sampler.sources))))
+            except BaseException:
+                self.close()
+                raise
         self.reference = mean_look(self._looks) if self._looks else None
         """What crops are brought to; None where they are not normalised."""
 
@@ -59,7 +63,7 @@ class CropFeed:
         ahead: deque[tuple[NDArray[np.int64], list[Future[tuple[RGBImage, int]]]]] = deque()
         following = start
         for _ in range(start, stop):
-            while following < min(stop, start + 1 + _AHEAD) or (not ahead and following < stop):
+            while following < min(stop, start + 1 + _AHEAD):
                 scales = self._balance(following)
                 crops = [
                     self._pool.submit(self._train_crop, following, i, int(scale)) for i, scale in enumerate(scales)

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 
 from wsi_engine.errors import InputError
 from wsi_engine.kernels.nuclei import nuclei_from_attention
@@ -16,6 +15,7 @@ from wsi_engine.metrics.nuclei import score_nuclei
 from wsi_engine.models.scale_attention import ScaleAttention, normalise_pixels
 from wsi_engine.models.scale_inference import attend_windows
 from wsi_engine.nuclei.scale_stains import Look, match_look, measure_look
+from wsi_engine.nuclei.scoring import read_labels
 from wsi_engine.readers.base import RGBImage
 from wsi_engine.slide import open_slide
 
@@ -96,18 +96,14 @@ def score_labelled(
     """Segment each picture by attention above one half and the paper's post-processing, and compare with its labels.
 
     Raises:
-        InputError: a picture and its labels differ in size.
+        InputError: labels cannot be read, or are not of their picture's size.
         SlideError: a picture cannot be read.
     """
     scores = []
     for picture, label in pairs:
         with open_slide(picture, mpp=1.0) as slide:
             pixels = slide.read_region(0, 0, *slide.dimensions)
-        try:
-            with Image.open(label) as file:
-                truth = np.asarray(file).astype(np.int64)
-        except OSError as error:
-            raise InputError(f"cannot read the labels {label}: {error}") from error
+        truth = read_labels(label)
         if truth.shape != pixels.shape[:2]:
             raise InputError(f"{label} is {truth.shape} and its picture {pixels.shape[:2]}: give labels of its size")
         found = nuclei_from_attention(attend_picture(network, pixels, views, reference))

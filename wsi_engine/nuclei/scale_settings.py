@@ -12,8 +12,8 @@ from wsi_engine.nuclei.scale_stains import NORMALISATIONS
 
 PRECISIONS = ("auto", "fp32", "bf16")
 
-_HARDWARE = ("device", "workers", "checkpoint_batches")
-"""Settings that leave the result as it is, or nearly."""
+_BESIDE = ("device", "workers", "checkpoint_batches", "views", "sheet_crops")
+"""Settings that leave the network as it is, or nearly: where it is computed, and what is reported of it."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class ScaleTrainingSettings:
         return self.epochs * self.batches
 
     def recipe(self) -> dict[str, Any]:
-        """What the result follows from, as plain JSON values: all but where and in how many threads."""
+        """What the network follows from, as plain JSON values: all but where it is computed and what is reported."""
         plain = asdict(self)
         plain["network"]["dilations"] = list(self.network.dilations)
-        return {name: value for name, value in plain.items() if name not in _HARDWARE}
+        return {name: value for name, value in plain.items() if name not in _BESIDE}

@@ -43,7 +43,7 @@ def measure_look(pixels: RGBImage, kind: str, where: str = "the picture") -> Loo
     try:
         vectors = estimate_stains(flat)
     except ValueError as error:
-        raise InputError(f"the stains of {where} cannot be told ({error}); use --normalisation reinhard") from error
+        raise InputError(f"the stains of {where} cannot be told ({error}); leave the picture out, or train with --normalisation reinhard") from error
     amounts = np.maximum(np.percentile(unmix_stains(flat, vectors)[..., :2].reshape(-1, 2), 99, axis=0), _LEAST_SD)
     return Look(kind, (_row(vectors[0]), _row(vectors[1]), _row(amounts)))
 

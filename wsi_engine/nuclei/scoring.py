@@ -147,8 +147,9 @@ def read_labels(path: Path) -> NDArray[np.integer[Any]]:
     """
     try:
         values = _read(path)
-    except (OSError, ValueError, SyntaxError) as error:
-        raise InputError(f"cannot read the label image {path} ({error}); write it again") from error
+    except Exception as error:  # every decoder has errors of its own
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(f"cannot read the label image {path} ({reason}); write it again") from error
     if values.dtype == bool:
         values = values.astype(np.uint8)
     if values.ndim != 2 or values.dtype.kind not in "iu":
@@ -163,12 +164,9 @@ def _read(path: Path) -> NDArray[Any]:
     if path.suffix.lower() == ".npy":
         return np.asarray(np.load(path, allow_pickle=False))
     if path.suffix.lower() in (".tif", ".tiff"):
-        from tifffile import TiffFileError, imread  # noqa: PLC0415
+        from tifffile import imread  # noqa: PLC0415
 
-        try:
-            return np.asarray(imread(path))
-        except TiffFileError as error:
-            raise ValueError(str(error)) from error
+        return np.asarray(imread(path))
     from PIL import Image  # noqa: PLC0415
 
     with Image.open(path) as image:

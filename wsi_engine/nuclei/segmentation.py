@@ -10,7 +10,7 @@ import logging
 import os
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol, TypeAlias
 
 import numpy as np
@@ -51,7 +51,7 @@ class NucleiSettings:
 
     Attributes:
         tile_px: side of what is read and put through the method at a time, in pixels of the method's scale; rounded up
-            to whole windows of a method with a network (512 pixels for the student).
+            to whole windows of a method with a network (1,024 pixels for the student, 512 for scale attention).
         tissue: ``"otsu"`` looks at tissue alone, None at everything, ``"auto"`` at everything up to
             :data:`WHOLE_MM2` and else at tissue; settings or a mask of one's own can be given.
         allow_dark: take slides that look like fluorescence.
@@ -72,7 +72,7 @@ class NucleiSettings:
             raise SettingsError(f"--workers must be at least 1, not {self.workers}")
         if self.largest_px < 1:
             raise SettingsError(f"the largest component must have at least 1 pixel, not {self.largest_px}")
-        if self.tissue != "auto" if isinstance(self.tissue, str) else True:
+        if self.tissue != "auto":
             tissue_settings(self.tissue)  # type: ignore[arg-type]
 
 
@@ -183,7 +183,7 @@ class PreparedSlide:
             self._refuse_dark([self._slide.read_overview(max(16.0, *self._slide.mpp))])
             log.warning("%s has no tissue, so no nuclei: look at it, or pass --tissue none", self._slide.path)
             return assemble_instances([], self._per_px, self.record)
-        samples = _read_samples(self._reader, self._raster, self.tissue, self._slide.mpp)
+        samples = _read_samples(self._reader, self.tissue, self._slide.mpp)
         self._refuse_dark(samples)
         fitted = self._method.fit(samples)
         if progress:
@@ -199,8 +199,7 @@ class PreparedSlide:
                 "%s: %d fields of touching nuclei are larger than %d pixels and were cut along a lattice",
                 self._slide.path, joiner.cut, self._settings.largest_px,
             )  # fmt: skip
-        found = {"fitted": fitted.to_json(), "cut_components": joiner.cut}
-        record = InstanceRecord(**{**vars(self.record), **found})
+        record = replace(self.record, fitted=fitted.to_json(), cut_components=joiner.cut)
         nuclei = assemble_instances(behind.chunks, self._per_px, record)
         self._warn_of_few(nuclei)
         return nuclei
@@ -231,7 +230,7 @@ def _find_tissue(slide: Slide, frame: Frame, choice: TissueOption) -> TissueMask
 
 
 def _read_samples(
-    reader: FrameReader, raster: TissueRaster, tissue: TissueMask | None, slide_mpp: tuple[float, float]
+    reader: FrameReader, tissue: TissueMask | None, slide_mpp: tuple[float, float]
 ) -> list[NDArray[np.uint8]]:
     """Pictures of tissue, evenly over the slide; the same whatever the tiles."""
     frame = reader.frame

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,17 +10,20 @@ from numpy.typing import NDArray
 
 from wsi_engine.kernels import measure_regions, trace_contours
 from wsi_engine.kernels.contours import Contours
-from wsi_engine.kernels.pieces import lay_shelves, paint_sheet, sum_stains
+from wsi_engine.kernels.pieces import lay_shelves, paint_sheet
 from wsi_engine.kernels.regions import RegionTable
+from wsi_engine.kernels.runs import find_runs
 from wsi_engine.kernels.stains import HE_RESIDUAL, OPTICAL_DENSITY, inverse_of_stains
+from wsi_engine.kernels.tallies import sum_stains
 from wsi_engine.nuclei.method import FittedMethod
-from wsi_engine.nuclei.pieces import Pieces, join_pieces
+from wsi_engine.nuclei.pieces import Pieces
 
 SHEET_PX = 1 << 21
 """Pixels of the bounding boxes that are gathered before a sheet is worked on; one component may have more."""
 
 _SHEET_WIDTH = 2048
-_INVERSE = inverse_of_stains(HE_RESIDUAL)
+_SHARES = np.ascontiguousarray(inverse_of_stains(HE_RESIDUAL)[:, :2].T[..., None] * OPTICAL_DENSITY)
+"""What each byte of red, green and blue adds to haematoxylin and eosin: float64 (2, 3, 256)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,8 +53,8 @@ class NucleiChunk:
 class SheetSplitter:
     """Gathers components and splits them into nuclei, a sheet at a time."""
 
-    def __init__(self, fitted: FittedMethod, gap_px: int, sheet_px: int = SHEET_PX) -> None:
-        self._fitted, self._gap, self._sheet_px = fitted, gap_px, sheet_px
+    def __init__(self, fitted: FittedMethod, gap_px: int) -> None:
+        self._fitted, self._gap = fitted, gap_px
         self._waiting: list[Pieces] = []
         self._area = 0
 
@@ -59,50 +63,67 @@ class SheetSplitter:
         self._waiting.append(pieces)
         heights, widths = (pieces.boxes[:, 2 + axis] - pieces.boxes[:, axis] for axis in (0, 1))
         self._area += int((heights * widths).sum())
-        return self.flush() if self._area >= self._sheet_px else None
+        return self.flush() if self._area >= SHEET_PX else None
 
     def flush(self) -> NucleiChunk | None:
         """Split what is left; None where there is nothing."""
         if not self._waiting:
             return None
-        pieces = join_pieces(self._waiting)
-        self._waiting, self._area = [], 0
-        return split_pieces(pieces, self._fitted, self._gap)
+        parts, self._waiting, self._area = self._waiting, [], 0
+        return split_pieces(parts, self._fitted, self._gap)
 
 
-def split_pieces(pieces: Pieces, fitted: FittedMethod, gap: int) -> NucleiChunk:
+@dataclass(frozen=True)
+class _Sheet:
+    """Where components lie on a sheet: height and width of it, place and shift (n, 2) of each, and their order."""
+
+    height: int
+    width: int
+    places: NDArray[np.int64]
+    shifts: NDArray[np.int64]
+    order: NDArray[np.int64]
+
+    @classmethod
+    def lay(cls, boxes: NDArray[np.int64], gap: int) -> _Sheet:
+        """Lay boxes (n, 4) on shelves."""
+        sizes = boxes[:, 2:] - boxes[:, :2]
+        width = int(max(_SHEET_WIDTH, sizes[:, 1].max() + 2 * gap))
+        places = np.empty((len(boxes), 2), np.int64)
+        order = np.argsort(-sizes[:, 0], kind="stable")
+        height = lay_shelves(sizes, order, width, gap, places)
+        return cls(height, width, places, places - boxes[:, :2], order)
+
+    def find(self, y: NDArray[np.int64], x: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The component whose box holds each pixel: the last on its shelf that begins at or before it."""
+        shelves = np.unique(self.places[:, 0])
+        shelf = shelves[np.searchsorted(shelves, y, "right") - 1]
+        keys = self.places[self.order] @ np.array([self.width, 1])  # ascending: so they were laid
+        out: NDArray[np.int64] = self.order[np.searchsorted(keys, shelf * self.width + x, "right") - 1]
+        return out
+
+
+def split_pieces(parts: Sequence[Pieces], fitted: FittedMethod, gap: int) -> NucleiChunk:
     """Nuclei of complete components, laid on one sheet."""
-    boxes = pieces.boxes
-    sizes = boxes[:, 2:] - boxes[:, :2]
-    width = int(max(_SHEET_WIDTH, sizes[:, 1].max() + 2 * gap))
-    places = np.empty((len(pieces), 2), np.int64)
-    height = lay_shelves(sizes, np.argsort(-sizes[:, 0], kind="stable"), width, gap, places)
-    shifts = places - boxes[:, :2]
-    owner = np.zeros((height, width), np.int32)
-    canvas = np.zeros((height, width, 3), np.uint8)
-    fields = np.zeros((pieces.maps.shape[1], height, width), np.float32)
-    paint_sheet(pieces.runs, pieces.starts, shifts, pieces.pixels, pieces.maps, owner, canvas, fields)
-    labels = fitted.split(fields, owner > 0)
-    table, contours = measure_regions(labels), _outer_contours(trace_contours(labels))
+    sheet = _Sheet.lay(np.concatenate([part.boxes for part in parts]), gap)
+    shifts = np.split(sheet.shifts, np.cumsum([len(part) for part in parts])[:-1])
+    mask = np.zeros((sheet.height, sheet.width), np.bool_)
+    fields = np.zeros((len(parts[0].maps), sheet.height, sheet.width), np.float32)
+    for part, shift in zip(parts, shifts, strict=True):
+        paint_sheet(part.runs, part.starts, shift, part.maps, mask, fields)
+    labels = fitted.split(fields, mask)
+    runs = find_runs(labels, "split_pieces")
+    table, contours = measure_regions(labels, runs=runs), _outer_contours(trace_contours(labels, runs=runs))
     corner = contours.points[contours.offsets[:-1]].astype(np.int64)  # a contour begins at its first pixel
-    moved = shifts[_find_owners(owner, corner) - 1]
+    moved = sheet.shifts[sheet.find(corner[:, 1], corner[:, 0])]
     lengths = np.diff(contours.offsets)
     return NucleiChunk(
         first=corner[:, ::-1] - moved,
         centroid=_move_centroids(table, moved),
         shapes=_shapes(table),
-        values=_measure_values(labels, owner, canvas, fields[0], table.label),
+        values=_measure_values(labels, parts, shifts, table.label),
         offsets=contours.offsets,
         points=(contours.points - np.repeat(moved[:, ::-1], lengths, axis=0)).astype(np.int32),
     )
-
-
-def _find_owners(owner: NDArray[np.int32], corner: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The component of the pixel at each corner (n, 2), x and y; one in a filled hole is that of what is left of it."""
-    x, y = corner[:, 0].copy(), corner[:, 1]
-    while not (found := owner[y, x] > 0).all():
-        x[~found] -= 1
-    return owner[y, x].astype(np.int64)
 
 
 def _move_centroids(table: RegionTable, moved: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -119,15 +140,12 @@ def _shapes(table: RegionTable) -> NDArray[np.float32]:
 
 
 def _measure_values(
-    labels: NDArray[np.int32],
-    owner: NDArray[np.int32],
-    canvas: NDArray[np.uint8],
-    score: NDArray[np.float32],
-    ids: NDArray[np.int64],
+    labels: NDArray[np.int32], parts: Sequence[Pieces], shifts: Sequence[NDArray[np.int64]], ids: NDArray[np.int64]
 ) -> NDArray[np.float32]:
     """Values in each nucleus, but for holes that were filled: they have no colour here."""
     sums = np.zeros((int(ids.max(initial=0)) + 1, 6))
-    sum_stains(labels, owner, canvas, score, OPTICAL_DENSITY, _INVERSE, sums)
+    for part, shift in zip(parts, shifts, strict=True):
+        sum_stains(labels, part.runs, part.starts, shift, part.pixels, part.maps[0], _SHARES, sums)
     count = np.maximum(sums[ids, :1], 1)
     means = sums[ids][:, (1, 3, 5)] / count
     spread = np.sqrt(np.maximum(sums[ids][:, (2, 4)] / count - means[:, :2] ** 2, 0))

@@ -10,14 +10,16 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal, Protocol
 
 import numpy as np
 
 from wsi_engine.cluster.session import Cluster, open_session
-from wsi_engine.errors import BusyError, InputError, SettingsError, StoreError, WsiError
+from wsi_engine.errors import BusyError, SettingsError, StoreError, WsiError
 from wsi_engine.failures import record_outcome
 from wsi_engine.inputs import SlideInput, SlideSource, find_slides
 from wsi_engine.lease import Lease, hold_lease
@@ -28,8 +30,10 @@ from wsi_engine.nuclei.overlay import draw_nuclei
 from wsi_engine.nuclei.segmentation import NucleiSettings, PreparedSlide, TileProgress
 from wsi_engine.nuclei.table import check_parquet
 from wsi_engine.picture import save_picture
+from wsi_engine.places import Place, as_place, make_folder, write_file
 from wsi_engine.slide import Slide, open_slide
-from wsi_engine.store import FeatureStore, SlideRecord, features_key
+from wsi_engine.slide_record import SlideRecord
+from wsi_engine.store import FeatureStore, features_key
 
 Status = Literal["done", "already complete", "no tissue", "busy", "failed"]
 
@@ -130,7 +134,7 @@ def segment_slides(
 
     Args:
         slides: a slide, picture, folder, CSV or URL, or several of them (see :func:`~wsi_engine.inputs.find_slides`).
-        out: folder of the results, made if it is not there.
+        out: folder of the results, made if it is not there, or its URL (``s3://bucket/nuclei``).
         model: as in :func:`~wsi_engine.nuclei.segmentation.segment_nuclei`.
         weights: the same.
         device: the same.
@@ -151,18 +155,17 @@ def segment_slides(
     named = [slides] if isinstance(slides, str | os.PathLike | SlideSource) else slides
     sources = find_slides(named, slide_mpp)
     method: NucleiMethod | None = create_method(model, weights, device) if cluster is None else None
-    folder, settings, outputs = Path(out), settings or NucleiSettings(), outputs or NucleiOutputs()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot make the folder {out}: {error.strerror or error}") from error
+    folder, settings, outputs = as_place(out), settings or NucleiSettings(), outputs or NucleiOutputs()
     if cluster is not None:
         from wsi_engine.nuclei.distribution import MethodPlan, segment_on_cluster  # noqa: PLC0415 - it needs this module
 
         plan = MethodPlan.of(model, weights, device)
+        described = plan.describe()  # before a cluster is started for it
+        make_folder(folder)
         with open_session(cluster) as session:
-            return segment_on_cluster(sources, folder, plan, settings, outputs, reader, session, progress)
+            return segment_on_cluster(sources, folder, plan, described, settings, outputs, reader, session, progress)
     assert method is not None
+    make_folder(folder)
     if progress:
         progress.run_started(len(sources))
     begun = time.perf_counter()
@@ -177,7 +180,7 @@ def segment_slides(
 
 def segment_source(
     source: SlideSource,
-    out: Path,
+    out: Place,
     method: NucleiMethod,
     settings: NucleiSettings,
     outputs: NucleiOutputs,
@@ -198,7 +201,7 @@ class _Job:
     """One slide of a run."""
 
     source: SlideSource
-    out: Path
+    out: Place
     method: NucleiMethod
     settings: NucleiSettings
     outputs: NucleiOutputs
@@ -222,7 +225,7 @@ class _Job:
         record = SlideRecord.of(slide, self.source.slide_id)
         prepared = PreparedSlide(slide, self.method, self.settings, self.source.slide_id)
         path = self._path(".zarr")
-        store = FeatureStore.create(path, record) if path.exists() else None
+        store = FeatureStore.create(path, record) if (path / "zarr.json").exists() else None
         complete = store is not None and check_nuclei(store, prepared.record)
         if store is not None and complete:
             nuclei = read_nuclei(store, self.method.name)
@@ -247,10 +250,10 @@ class _Job:
             files=files,
         )
 
-    def _path(self, ending: str, hidden: bool = False) -> Path:
+    def _path(self, ending: str, hidden: bool = False) -> Place:
         return self.out / f"{'.' if hidden else ''}{self.source.slide_id}{ending}"
 
-    def _targets(self, slide: Slide | None = None) -> dict[str, Path]:
+    def _targets(self, slide: Slide | None = None) -> dict[str, Place]:
         """Files by kind; all that there can be without a slide, else those that are wanted of it."""
         stem = f".{features_key(self.method.name)}"
         wanted = {
@@ -287,10 +290,24 @@ class _Job:
             "summary": lambda path: _write_summary(nuclei, path),
         }
         targets = self._targets(slide)
-        for kind, path in targets.items():
-            if not path.exists():
-                writers[kind](path)
+        try:
+            for kind, path in targets.items():
+                if not path.exists():
+                    _write_at(path, writers[kind])
+        except OSError as error:
+            raise StoreError(f"cannot write {path}: {error.strerror or error}") from error
         return {kind: str(path) for kind, path in targets.items()}
+
+
+def _write_at(place: Place, write: Callable[[Path], None]) -> None:
+    """Write a file at a place; one that goes to an object store is made on this machine first."""
+    if isinstance(place, Path):
+        write(place)
+        return
+    with TemporaryDirectory(prefix="wsi-") as folder:
+        file = Path(folder) / place.name
+        write(file)
+        place.upload(file)
 
 
 def _is_picture(slide: Slide) -> bool:
@@ -315,15 +332,12 @@ def write_labels(nuclei: InstanceSet, path: str | os.PathLike[str]) -> None:
     except OSError as error:
         raise StoreError(f"cannot write the label image {path}: {error.strerror or error}") from error
     finally:
-        draft.unlink(missing_ok=True)
+        with suppress(OSError):
+            draft.unlink(missing_ok=True)
 
 
 def _write_summary(nuclei: InstanceSet, path: Path) -> None:
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        draft.write_text(json.dumps(nuclei.summary(), indent=2), encoding="utf-8")
-        os.replace(draft, path)
+        write_file(path, json.dumps(nuclei.summary(), indent=2).encode())
     except OSError as error:
         raise StoreError(f"cannot write the summary {path}: {error.strerror or error}") from error
-    finally:
-        draft.unlink(missing_ok=True)

@@ -18,6 +18,8 @@ STAIN_MPP = 0.25
 PIGMENT = (0.27, 0.57, 0.78)
 """Density of diaminobenzidine in R, G, B (Ruifrok & Johnston 2001, table 1): the third stain, which takes the brown."""
 
+_STAINS = np.array([HAEMATOXYLIN, EOSIN, PIGMENT])
+
 
 @dataclass(frozen=True)
 class StainSettings:
@@ -52,13 +54,12 @@ class StainSettings:
             raise SettingsError(f"window must be odd, not {self.window}")
 
 
-def measure_haematoxylin(image: NDArray[np.uint8], stains: NDArray[np.float64] | None = None) -> NDArray[np.float32]:
+def measure_haematoxylin(image: NDArray[np.uint8]) -> NDArray[np.float32]:
     """Concentration of haematoxylin, at least 0: uint8 (H, W, 3) to float32 (H, W), in optical density.
 
-    ``stains`` (3, 3): a row per stain, haematoxylin first; Ruifrok's haematoxylin, eosin and brown where not given.
+    Told apart from Ruifrok's eosin and brown.
     """
-    rows = np.array([HAEMATOXYLIN, EOSIN, PIGMENT]) if stains is None else stains
-    return np.maximum(unmix_stains(image, rows)[..., 0], 0)
+    return np.maximum(unmix_stains(image, _STAINS)[..., 0], 0)
 
 
 def segment_by_stain(

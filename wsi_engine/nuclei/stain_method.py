@@ -19,11 +19,12 @@ from wsi_engine.kernels import (
     local_maxima,
     local_threshold,
     otsu_threshold,
-    remove_small,
     watershed,
 )
+from wsi_engine.kernels.tallies import drop_small
+from wsi_engine.nuclei.images import resample_image, resample_labels
 from wsi_engine.nuclei.method import LARGEST_HOLE_UM2, clean_mask, clean_reach
-from wsi_engine.nuclei.stain import STAIN_MPP, StainSettings, measure_haematoxylin
+from wsi_engine.nuclei.stain import STAIN_MPP, StainSettings, measure_haematoxylin, segment_by_stain
 
 _DISTANCE_SIGMA = 1.0
 _REACH = 4.0
@@ -69,6 +70,11 @@ class StainMethod:
         flat = not np.ptp(joined)
         return FittedStain(self, float("inf") if flat else self.settings.share_of_otsu * otsu_threshold(joined))
 
+    def segment_image(self, image: NDArray[np.uint8], mpp: float) -> NDArray[np.int32]:
+        """Nuclei of an image as a whole; see :func:`~wsi_engine.nuclei.images.segment_image`."""
+        labels = segment_by_stain(resample_image(image, mpp, self.mpp), self.settings)
+        return resample_labels(labels, *image.shape[:2])
+
     def to_json(self) -> dict[str, Any]:
         """The settings."""
         settings = asdict(self.settings)
@@ -106,7 +112,9 @@ class FittedStain:
         mask = fill_holes(mask, LARGEST_HOLE_UM2 / self.method.mpp**2)
         smoothed = gaussian(distance_transform(mask), _DISTANCE_SIGMA)
         markers = label(local_maxima(smoothed, settings.peak_radius, mask=mask))
-        return remove_small(watershed(-smoothed, markers, mask), settings.least_area)
+        labels = watershed(np.negative(smoothed, out=smoothed), markers, mask)
+        drop_small(labels, mask, settings.least_area)
+        return labels
 
     def to_json(self) -> dict[str, Any]:
         """The threshold."""

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from wsi_engine.kernels import dilate, gaussian, measure_regions
-from wsi_engine.kernels.stains import EOSIN, HAEMATOXYLIN
+from wsi_engine.kernels.stains import HE_RESIDUAL
 from wsi_engine.nuclei.student_scenes import add_nuclei
 
 Labels = NDArray[np.int32]
@@ -27,12 +27,15 @@ Rng = np.random.Generator
 _MARGIN = 4
 """Pixels around a cut nucleus that come with it."""
 
+_LEAST_SOLIDITY = 0.9
+"""Area over convex area of a nucleus that is cut out."""
+
 _CROWDED = 0.25
 """Share of a nucleus' surroundings that may be another nucleus or doubtful."""
 
 _LEAST_LEFT = 0.35
-"""Share of a nucleus that must still show; what is covered further is no nucleus that could be told, nor ground."""
-
+"""Share of a nucleus of the image that must still show; what is covered further is no nucleus that could be told, nor
+ground."""
 
 _LEAST_PX = 8
 """Pixels of a nucleus that must still show."""
@@ -50,21 +53,20 @@ class Cutout:
     radius: float
 
 
-def cut_nuclei(image: NDArray[np.uint8], labels: Labels, trust: Floats, least_solidity: float = 0.9) -> list[Cutout]:
+def cut_nuclei(image: NDArray[np.uint8], labels: Labels, trust: Floats) -> list[Cutout]:
     """Convex nuclei of an image that touch neither another one, nor doubtful ground, nor the border.
 
     Args:
         image: uint8 (H, W, 3).
         labels: int32 (H, W).
         trust: float32 (H, W), 0 … 1, of the labels.
-        least_solidity: area over convex area.
     """
     optical = to_optical(image)
     table = measure_regions(labels)
     found = []
     for number, box, solidity in zip(table.label, table.bbox, table.solidity, strict=True):
         top, left, bottom, right = (int(side) for side in box + np.array((-_MARGIN, -_MARGIN, _MARGIN, _MARGIN)))
-        if solidity < least_solidity or min(top, left) < 0 or bottom > labels.shape[0] or right > labels.shape[1]:
+        if solidity < _LEAST_SOLIDITY or min(top, left) < 0 or bottom > labels.shape[0] or right > labels.shape[1]:
             continue
         window = (slice(top, bottom), slice(left, right))
         mask = labels[window] == number
@@ -124,8 +126,7 @@ def lay_collage(
 
 def _add_painted(rng: Rng, optical: Floats, labels: Labels, trust: Floats, most: int) -> Floats:
     """The optical density with painted nuclei upon it, as dark as those that are there; labels and trust follow."""
-    rows = np.array([HAEMATOXYLIN, EOSIN, np.cross(HAEMATOXYLIN, EOSIN)])
-    rows = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+    rows = HE_RESIDUAL.astype(np.float32)
     parts = optical @ np.linalg.inv(rows)  # (H, W, 3) @ (3, 3)
     old, usual = labels.copy(), np.median(parts[labels > 0], axis=0)
     parts[..., 1] -= usual[1] * 0.5  # nuclei of the image hold some of the second stain; so will the painted ones

@@ -9,21 +9,23 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from wsi_engine.kernels.stains import EOSIN, HAEMATOXYLIN
+from wsi_engine.nuclei.stain import PIGMENT
 
 Floats = NDArray[np.float32]
 Rng = np.random.Generator
 
-_PIGMENT = (0.27, 0.57, 0.78)
+_SPREAD = 0.12
+"""Deviation of each component of a stain vector."""
 
 
-def draw_stains(rng: Rng, spread: float = 0.12) -> NDArray[np.float64]:
+def draw_stains(rng: Rng) -> NDArray[np.float64]:
     """Unit rows (3, 3) of haematoxylin, eosin and a brown pigment, each turned away from its usual direction."""
     eosin = np.array(EOSIN) * rng.uniform(0.6, 1.0) + np.array((0.2, 0.75, 0.55)) * rng.uniform(0, 0.6)
     purple = rng.uniform(0, 0.9) if rng.random() < 0.5 else 0.0
     blue = np.array(HAEMATOXYLIN) * (1 - purple) + np.array((0.42, 0.86, 0.28)) * purple
     if rng.random() < 0.15:  # one hue for all: what counts is density
         eosin = 0.7 * blue + 0.3 * eosin
-    rows = np.array([blue, eosin / np.linalg.norm(eosin), _PIGMENT]) + rng.normal(0, spread, (3, 3))
+    rows = np.array([blue, eosin / np.linalg.norm(eosin), PIGMENT]) + rng.normal(0, _SPREAD, (3, 3))
     rows[0, 0] = max(rows[0, 0], 0.35)
     rows = np.clip(rows, 0.02, None)
     return np.asarray(rows / np.linalg.norm(rows, axis=1, keepdims=True))

@@ -13,7 +13,10 @@ from torch.nn import functional
 
 from wsi_engine.encoders.precision import arithmetic, choose_precision, lower_network
 from wsi_engine.errors import SettingsError
-from wsi_engine.kernels import fill_holes, gaussian, h_maxima, label, watershed
+from wsi_engine.kernels import gaussian, h_maxima, label, watershed
+from wsi_engine.kernels.components import find_components, paint_components
+from wsi_engine.kernels.labels import find_holes
+from wsi_engine.kernels.tallies import copy_runs, mark_owners, renumber_labels, tally_labels
 from wsi_engine.memory import keep_freed_memory
 from wsi_engine.models.nuclei_net import NucleiNet
 
@@ -135,6 +138,8 @@ def split_nuclei(
     maps: NDArray[np.float32],
     mpp: float,
     settings: SplitSettings = SplitSettings(),
+    mask: NDArray[np.bool_] | None = None,
+    largest_hole_um2: float = math.inf,
 ) -> NDArray[np.int32]:
     """Nuclei of the maps of an image.
 
@@ -144,23 +149,62 @@ def split_nuclei(
         maps: float32 (2, H, W): probability and depth.
         mpp: micrometres per pixel of the maps.
         settings: thresholds.
+        mask: bool (H, W), where the probability is above the threshold; None finds it.
+        largest_hole_um2: larger holes are emptied again in the end: they lie between nuclei, not in them.
 
     Returns:
         int32 (H, W): 0 background, nuclei 1 … n without gaps.
     """
-    mask = fill_holes(maps[0] > settings.threshold)
-    if not mask.any():
+    mask = maps[0] > settings.threshold if mask is None else mask
+    filled, wide = _fill_holes(mask, largest_hole_um2 / mpp**2)
+    inside = find_components(filled, 8)
+    if not inside.count:
         return np.zeros(mask.shape, np.int32)
-    depth = np.where(mask, gaussian(maps[1], settings.sigma_um / mpp), np.float32(0))
-    summits = h_maxima(depth, settings.rise) & mask
-    whole = label(mask)
-    bare = np.bincount(whole[summits], minlength=int(whole.max()) + 1) == 0
-    bare[0] = False
-    markers = label(summits | bare[whole])  # what has no summit is one nucleus
-    labels = watershed(-depth, markers, mask)
-    sizes = np.bincount(labels.ravel())
-    scores = np.bincount(labels.ravel(), maps[0].ravel()) / np.maximum(sizes, 1)
-    kept = (scores >= settings.least_score) & (sizes >= settings.least_area_um2 / mpp**2)
+    depth = np.zeros(mask.shape, np.float32)
+    copy_runs(inside.runs, gaussian(maps[1], settings.sigma_um / mpp), depth)
+    summits = h_maxima(depth, settings.rise, threshold=settings.rise)  # what is lower has no summit of its own
+    summits &= filled
+    seen = np.zeros(inside.count + 1, np.bool_)
+    mark_owners(inside.runs, inside.owner, summits, seen)
+    paint_components(inside, ~seen, summits)  # what has no summit is one nucleus
+    labels = watershed(np.negative(depth, out=depth), label(summits), filled)
+    _drop_doubtful(labels, inside.runs, wide, maps[0], mpp, settings)
+    return labels
+
+
+def _fill_holes(mask: NDArray[np.bool_], most: float) -> tuple[NDArray[np.bool_], NDArray[np.int32]]:
+    """The mask with all holes filled, and the runs (R, 3) of those with more than ``most`` pixels."""
+    components, holes = find_holes(mask)
+    filled = mask.copy()
+    paint_components(components, holes, filled)
+    return filled, components.runs[(holes & (components.areas() > most))[components.owner]]
+
+
+def _drop_doubtful(
+    labels: NDArray[np.int32],
+    runs: NDArray[np.int32],
+    wide: NDArray[np.int32],
+    score: NDArray[np.float32],
+    mpp: float,
+    settings: SplitSettings,
+) -> None:
+    """Empty wide holes, clear labels that are small or unlikely, and number the others 1 … n.
+
+    Where a hole was filled, ``settings.least_score`` speaks neither for a nucleus nor against it.
+    """
+    if len(wide):
+        score = score.copy()
+        for y, begin, end in wide.tolist():
+            score[y, begin:end] = settings.least_score
+    count = int(labels.max()) + 1
+    sizes, totals = np.zeros(count, np.int64), np.zeros(count)
+    tally_labels(runs, labels, score, sizes, totals)
+    least = settings.least_area_um2 / mpp**2
+    kept = (totals / np.maximum(sizes, 1) >= settings.least_score) & (sizes >= least)
+    if len(wide):
+        emptied = np.zeros(count, np.int64)
+        tally_labels(wide, labels, score, emptied, np.zeros(count))
+        renumber_labels(wide, np.zeros(count, np.int32), labels)
+        kept &= sizes - emptied >= least
     kept[0] = False
-    lookup = np.where(kept, np.cumsum(kept), 0).astype(np.int32)
-    return np.asarray(lookup[labels], dtype=np.int32)
+    renumber_labels(runs, np.where(kept, np.cumsum(kept), 0).astype(np.int32), labels)

@@ -10,7 +10,7 @@ from scipy.ndimage import distance_transform_edt
 
 from wsi_engine.errors import SettingsError
 from wsi_engine.kernels import dilate, erode, gaussian, measure_regions
-from wsi_engine.nuclei.methods import resample_image
+from wsi_engine.nuclei.images import resample_image, resample_labels
 from wsi_engine.nuclei.stain import STAIN_MPP, StainSettings, measure_haematoxylin, segment_by_stain
 from wsi_engine.nuclei.student_inference import SplitSettings, split_nuclei
 
@@ -65,9 +65,7 @@ def label_by_stain(image: NDArray[np.uint8], mpp: float) -> Labels:
     """Nuclei of the classical method on an image (H, W, 3) of any mpp, in that image's pixels: int32 (H, W)."""
     fine = resample_image(image, mpp, STAIN_MPP)
     labels = segment_by_stain(fine, StainSettings(clean_radii=(1,), peak_radius=9))
-    rows = ((np.arange(image.shape[0]) + 0.5) * labels.shape[0] / image.shape[0]).astype(int)
-    columns = ((np.arange(image.shape[1]) + 0.5) * labels.shape[1] / image.shape[1]).astype(int)
-    return np.ascontiguousarray(labels[rows[:, None], columns[None]])
+    return resample_labels(labels, *image.shape[:2])
 
 
 def believable(labels: Labels, mpp: float, settings: TrustSettings) -> NDArray[np.bool_]:

@@ -19,11 +19,13 @@ from torch.nn import functional
 from wsi_engine.encoders.deep import choose_device
 from wsi_engine.encoders.precision import arithmetic
 from wsi_engine.errors import ModelError
-from wsi_engine.kernels import fill_holes, remove_small
 from wsi_engine.models.nuclei_net import NucleiNetError, load_nuclei_net
+from wsi_engine.nuclei.images import resample_image, resample_labels
 from wsi_engine.nuclei.method import LARGEST_HOLE_UM2
-from wsi_engine.nuclei.methods import BUILTIN_WEIGHTS
-from wsi_engine.nuclei.student_inference import VIEWS, SplitSettings, StudentPredictor, split_nuclei
+from wsi_engine.nuclei.student_inference import VIEWS, SplitSettings, StudentPredictor, enlarge_maps, split_nuclei
+
+BUILTIN_WEIGHTS = Path(__file__).parent / "weights" / "student.safetensors"
+"""The student's weights that come with the engine; the model card lies beside them."""
 
 WINDOW_PX, LARGE_WINDOW_PX = 512, 1024
 """Side of the windows without their margin: one shape for all, since a network's rounding hangs on it. The large one is
@@ -39,8 +41,8 @@ _REACH = 4.0
 class StudentMethod:
     """A small network taught by painted tissue and unlabelled pictures; a :class:`~.method.NucleiMethod`.
 
-    Its maps are enlarged twofold before they are cut, so that outlines are finer than the network's pixels. A picture
-    comes out as by :func:`~wsi_engine.nuclei.methods.segment_image`, but that holes are filled up to
+    Its maps are enlarged twofold before they are cut, so that outlines are finer than the network's pixels. A slide
+    comes out as by :meth:`segment_image`, but that holes are filled up to
     :data:`~wsi_engine.nuclei.method.LARGEST_HOLE_UM2` alone, so that a ring of touching nuclei keeps its lumen.
 
     Args:
@@ -90,6 +92,14 @@ class StudentMethod:
         """Nothing adapts to the slide."""
         return FittedStudent(self)
 
+    def segment_image(self, image: NDArray[np.uint8], mpp: float) -> NDArray[np.int32]:
+        """Nuclei of an image as a whole; see :func:`~wsi_engine.nuclei.images.segment_image`."""
+        maps = self.predictor.predict_maps(resample_image(image, mpp, self.mpp))
+        height, width = image.shape[:2]
+        if mpp >= self.mpp / 2:  # finer outlines than these are not in the maps
+            return split_nuclei(enlarge_maps(maps, height, width), mpp, self.settings)
+        return resample_labels(split_nuclei(maps, self.mpp, self.settings), height, width)
+
     def to_json(self) -> dict[str, Any]:
         """Digest of the weights, and the settings."""
         return {
@@ -122,16 +132,7 @@ class FittedStudent:
 
     def split(self, maps: NDArray[np.float32], mask: NDArray[np.bool_]) -> NDArray[np.int32]:
         """Divide components by a watershed of their depth."""
-        settings, mpp = self.method.settings, self.method.fine_mpp
-        wide = fill_holes(mask) & ~fill_holes(mask, LARGEST_HOLE_UM2 / mpp**2)
-        if wide.any():  # filled with what speaks neither for a nucleus nor against it, and emptied again
-            maps = maps.copy()
-            maps[0][wide] = settings.least_score
-        labels = split_nuclei(maps, mpp, settings)
-        if wide.any():
-            labels[wide] = 0
-            labels = remove_small(labels, int(np.ceil(settings.least_area_um2 / mpp**2)))
-        return labels
+        return split_nuclei(maps, self.method.fine_mpp, self.method.settings, mask, LARGEST_HOLE_UM2)
 
     def to_json(self) -> dict[str, Any]:
         """Where and how precisely it was computed."""

@@ -18,7 +18,7 @@ from wsi_engine.encoders.precision import Precision, arithmetic, choose_precisio
 from wsi_engine.errors import InputError, ModelError, SettingsError
 from wsi_engine.memory import keep_freed_memory
 from wsi_engine.models.nuclei_net import NucleiNet, NucleiNetSettings
-from wsi_engine.nuclei.methods import resample_image
+from wsi_engine.nuclei.images import resample_image
 from wsi_engine.nuclei.student_batches import Batcher, Field, make_field
 from wsi_engine.nuclei.student_collages import cut_nuclei, lay_collage
 from wsi_engine.nuclei.student_colours import recompress, stain_scene

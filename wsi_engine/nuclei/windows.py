@@ -29,7 +29,8 @@ class WindowMaps:
         y: its first row.
         mask: bool (h, w).
         maps: float32 (C, h, w).
-        pixels: uint8 (h, w, 3).
+        pixels: uint8 (h / d, w / d, 3).
+        detail: pixels of the maps along one pixel, d.
     """
 
     key: tuple[int, int]
@@ -38,6 +39,7 @@ class WindowMaps:
     mask: NDArray[np.bool_]
     maps: NDArray[np.float32]
     pixels: NDArray[np.uint8]
+    detail: int = 1
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,7 @@ class WindowPlan:
         spread_y = self._spread(tile.y, tile.height, frame.height, y, height)
         if len(spread_x) == width and len(spread_y) == height:
             return pixels
-        return pixels[spread_y][:, spread_x]
+        return pixels[spread_y[:, None], spread_x]  # rows stay rows in memory
 
     def _spread(self, start: int, size: int, extent: int, first: int, read: int) -> NDArray[np.int64]:
         """Which of the pixels read stands at each place of a tile with its margin, along one axis."""
@@ -169,7 +171,8 @@ class WindowPlan:
             y=y * detail,
             mask=np.ascontiguousarray(mask if tissue is None else mask & _enlarge(tissue, detail)),
             maps=_cut(maps, clean, clean, height, width, detail),
-            pixels=_enlarge(pixels[reach : reach + height, reach : reach + width], detail),
+            pixels=pixels[reach : reach + height, reach : reach + width],
+            detail=detail,
         )
 
 
