@@ -66,9 +66,8 @@ class ClusterDisplay(BarDisplay):
         if not self._bar and time.monotonic() - self._printed >= _PLAIN_SECONDS:
             self._printed = time.monotonic()
             rate = (self._done - self._since[1]) / max(self._printed - self._since[0], 1e-9)
-            left = (self._total - self._done) / max(rate, 1e-9)
-            numbers = f"{self._done}/{self._total} tiles, {rate:.0f} tiles/s, {left:.0f} s left"
-            self._console.print(Text(f"{self._count()}: {numbers}"))
+            pace = f", {rate:.0f} tiles/s, {(self._total - self._done) / rate:.0f} s left" if rate else ""
+            self._console.print(Text(f"{self._count()}: {self._done}/{self._total} tiles{pace}"))
 
     def slide_finished(self, result: Any) -> None:
         """A slide ended, well or not."""

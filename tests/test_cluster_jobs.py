@@ -104,6 +104,16 @@ def test_one_bar_for_slides_side_by_side() -> None:
     assert "[1/4] a: done" in console.export_text()
 
 
+def test_a_plain_line_has_no_pace_before_there_is_one() -> None:
+    console = Console(force_terminal=False, width=100, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+    with ClusterDisplay(console, lambda result: Text(result.status)) as display:
+        display.run_started(2)
+        display.slide_started("a", 100, 0)
+        display._printed -= 60
+        display.tiles_done(8)
+    assert "[0/2] 1 at work: 8/200 tiles\n" in console.export_text()
+
+
 def test_threads_of_a_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("wsi_engine.cluster.places.usable_cores", lambda: 16)
     assert WorkerShare(peers=4).count_threads() == 4
@@ -152,17 +162,20 @@ def test_without_dask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_job_of_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
     """The script that would be sent, by the user's configuration; no Slurm is needed to write it."""
-    pytest.importorskip("dask_jobqueue")
-    import dask
+    from wsi_engine.cluster.interrupts import keep_interrupts
+    from wsi_engine.cluster.session import open_session
 
-    from wsi_engine.cluster.session import make_slurm_cluster, open_session
+    with keep_interrupts():
+        pytest.importorskip("dask_jobqueue")
+        from wsi_engine.cluster.slurm import make_slurm_cluster
+    import dask
 
     described = {"cores": 8, "processes": 2, "memory": "32GB", "walltime": "04:00:00", "queue": "gpu",
                  "worker-extra-args": ["--resources", "GPU=1"], "interface": None}  # fmt: skip
     with dask.config.set({f"jobqueue.slurm.{key}": value for key, value in described.items()}):
         cluster = make_slurm_cluster()
         try:
-            script = cluster.job_script()
+            script = cluster.job_script()  # type: ignore[no-untyped-call,unused-ignore]
         finally:
             cluster.close()
     assert "#SBATCH -p gpu" in script
@@ -173,6 +186,7 @@ def test_a_job_of_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
     assert words[words.index("--nworkers") + 1] == "2"
     assert words[words.index("--resources") + 1] == "GPU=1"
     assert [words[place + 1] for place, word in enumerate(words) if word == "--nthreads"][-1] == "1"
+    assert [words[place + 1] for place, word in enumerate(words) if word == "--memory-limit"][-1] == "0"
     with dask.config.set({"jobqueue.slurm.cores": None}), pytest.raises(ClusterError, match=r"jobqueue\.yaml"):
         make_slurm_cluster()
     monkeypatch.setenv("PATH", "/nowhere")

@@ -6,9 +6,9 @@ import os
 import socket
 import threading
 from dataclasses import dataclass
-from pathlib import Path
 
 from wsi_engine.errors import ClusterError
+from wsi_engine.places import Place, is_url
 from wsi_engine.workers import usable_cores
 
 ONE_AT_A_TIME = threading.Lock()
@@ -52,7 +52,7 @@ class WorkerShare:
         return f"cuda:{name % count}" if count > 1 and isinstance(name, int) else device
 
 
-def check_shared(folder: Path, mark: str) -> None:
+def check_shared(folder: Place, mark: str) -> None:
     """Make sure that a folder is the caller's, in which a file of this name is.
 
     Raises:
@@ -66,5 +66,6 @@ def check_shared(folder: Path, mark: str) -> None:
 
 
 def absolute_path(path: str | os.PathLike[str]) -> str:
-    """A path that means the same in a worker, whose working folder may be another."""
-    return os.path.abspath(os.fspath(path))
+    """A path that means the same in a worker, whose working folder may be another; URLs do."""
+    text = os.fspath(path)
+    return text if is_url(text) else os.path.abspath(text)

@@ -97,7 +97,8 @@ class Runner(Generic[T]):
         """How tasks end, in the order in which they do, until none is left; more may be submitted meanwhile.
 
         Raises:
-            ClusterError: the scheduler stays away, or forgets a task over and over.
+            ClusterError: the scheduler stays away, or forgets a task over and over; or all jobs of Slurm are refused,
+                or end one after another.
             Exception: a fault of the program in a task.
         """
         while self._due or self._out or self._suspects:
@@ -105,6 +106,7 @@ class Runner(Generic[T]):
             ended = list(self._collect())
             self._pass_on()
             yield from ended
+            self._session.watch(len(self._due) + len(self._out) + len(self._suspects))
             if not ended:
                 time.sleep(_POLL_SECONDS)
         self._pass_on()
@@ -145,7 +147,7 @@ class Runner(Generic[T]):
             return
         for key, (task, future) in list(self._out.items()):
             status = future.status
-            if status == "pending":
+            if status in ("pending", "lost"):  # with the worker that had done it, and it is done again
                 continue
             if status not in ("finished", "error"):
                 self._renew()

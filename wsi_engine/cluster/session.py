@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import concurrent.futures
 import logging
 import shutil
 import time
@@ -12,6 +14,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from urllib.parse import urlsplit
 
 from wsi_engine.cluster.choice import ClusterChoice
+from wsi_engine.cluster.interrupts import keep_interrupts, terminate_as_interrupt
+from wsi_engine.cluster.slurmqueue import SlurmQueue
 from wsi_engine.errors import ClusterError
 from wsi_engine.workers import usable_cores
 
@@ -23,29 +27,40 @@ log = logging.getLogger("wsi_engine")
 Cluster: TypeAlias = "str | ClusterChoice | Client"
 """What a run may be spread over; a text is what ``--cluster`` takes."""
 
+_UNREACHED = (OSError, ValueError, RuntimeError, asyncio.CancelledError, concurrent.futures.CancelledError)
+"""What a client says when it is asked while its connection breaks."""
+
 _CONNECT_SECONDS = 10.0
 _LONGEST_PAUSE = 15.0
+_LOOK_SECONDS = 5.0
 _PATIENCE = 30.0
 """Seconds without a worker after which the user is told what is waited for."""
+
+_TELL_AGAIN = 3600.0
+_LONG = "52 weeks"
 
 
 class Session:
     """A client of a cluster, made anew when its scheduler went away and came back."""
 
-    def __init__(self, choice: ClusterChoice, connect: Callable[[float], Client], peers: int | None = None) -> None:
+    def __init__(
+        self, choice: ClusterChoice, connect: Callable[[float], Client], queue: SlurmQueue | None = None
+    ) -> None:
         """Connect.
 
         Args:
             choice: which cluster.
             connect: makes a client within so many seconds.
-            peers: workers that share the cores of one machine, or of one job; None: to be counted.
+            queue: the jobs that its workers are, if they are.
 
         Raises:
             ClusterError: nobody answers.
         """
         self.choice = choice
         self._connect = connect
-        self._peers = peers
+        self._queue = queue
+        self._next_look = 0.0
+        self._tell_at: float | None = None
         try:
             self.client = connect(_CONNECT_SECONDS)
         except (OSError, ValueError) as error:
@@ -91,13 +106,45 @@ class Session:
         return True
 
     def wait_for_worker(self) -> None:
-        """Wait until there is a worker, and tell the user where that takes long."""
-        told = time.monotonic() + _PATIENCE
+        """Wait until there is a worker, and tell the user where that takes long.
+
+        Raises:
+            ClusterError: the jobs that were to be workers are refused, or come to nothing.
+        """
         while not self._workers():
-            if time.monotonic() > told:
-                log.warning("no worker has come to the Dask cluster %s yet: waiting for one", self.choice)
-                told = float("inf")
+            self._look(tasks=1)
             time.sleep(0.2)
+        self._tell_at = None
+
+    def watch(self, tasks: int) -> None:
+        """Look now and then whether there are workers: jobs that ended are replaced, and a lack of workers is told.
+
+        Args:
+            tasks: that wait or run.
+
+        Raises:
+            ClusterError: as :meth:`wait_for_worker`.
+        """
+        if time.monotonic() >= self._next_look and not self.lost:
+            self._next_look = time.monotonic() + _LOOK_SECONDS
+            self._look(tasks)
+
+    def _look(self, tasks: int) -> None:
+        workers = self._workers()
+        if self._queue:
+            self._queue.watch([str(worker.get("name")) for worker in workers.values()], tasks)
+        now = time.monotonic()
+        if workers:
+            self._tell_at = None
+        elif self._tell_at is None:
+            self._tell_at = now + _PATIENCE
+        elif now >= self._tell_at:
+            self._tell_at = now + _TELL_AGAIN
+            why = self._queue.describe() if self._queue else ""
+            log.warning(
+                "the Dask cluster %s has had no worker for some time%s: waiting for one",
+                self.choice, f" ({why})" if why else "",
+            )  # fmt: skip
 
     def count_workers(self) -> int:
         """Workers there are now, at least 1."""
@@ -112,8 +159,8 @@ class Session:
     @property
     def peers(self) -> int:
         """Workers that share the cores of one machine, at most."""
-        if self._peers is not None:
-            return self._peers
+        if self._queue:
+            return self._queue.processes  # a job's cores are its own, whatever else runs on its machine
         return max(Counter(urlsplit(address).hostname for address in self._workers()).values(), default=1)
 
     def find_resources(self, device: str) -> dict[str, float]:
@@ -128,7 +175,7 @@ class Session:
                 info = self.client.scheduler_info(n_workers=-1)
             except TypeError:  # of an earlier version, which tells all
                 info = self.client.scheduler_info()
-        except OSError:
+        except _UNREACHED:
             return {}
         return dict(info.get("workers", {}))
 
@@ -163,16 +210,15 @@ def _start(choice: ClusterChoice, stack: ExitStack) -> Session:
     """A session with the cluster of a choice, which is started where need be and stopped by the stack."""
     from distributed import Client  # noqa: PLC0415
 
-    peers = None
-    if choice.kind in ("local", "slurm"):
-        made = _start_local(choice) if choice.kind == "local" else _start_slurm(choice)
-        cluster = stack.enter_context(made)
-        address: dict[str, Any] = {"address": cluster}
-        if choice.kind == "slurm":
-            peers = cluster._dummy_job.worker_processes
+    queue = None
+    if choice.kind == "local":
+        address: dict[str, Any] = {"address": stack.enter_context(_start_local(choice))}
+    elif choice.kind == "slurm":
+        address = {}
+        address["address"], queue = _start_slurm(choice, stack)
     else:
         address = {"scheduler_file" if choice.kind == "file" else "address": choice.address}
-    return Session(choice, lambda seconds: Client(**address, timeout=seconds, set_as_default=False), peers)
+    return Session(choice, lambda seconds: Client(**address, timeout=seconds, set_as_default=False), queue)
 
 
 def _start_local(choice: ClusterChoice) -> Any:
@@ -196,34 +242,24 @@ def _start_local(choice: ClusterChoice) -> Any:
         )
 
 
-def _start_slurm(choice: ClusterChoice) -> Any:
-    """Jobs of Slurm, as the user's ``jobqueue.yaml`` describes them."""
+def _start_slurm(choice: ClusterChoice, stack: ExitStack) -> tuple[Any, SlurmQueue]:
+    """Jobs of Slurm, as the user's ``jobqueue.yaml`` describes them, until the stack ends them."""
     if shutil.which("sbatch") is None:
         raise ClusterError("--cluster slurm needs the command sbatch, which is not here: run it where jobs are sent")
-    cluster = make_slurm_cluster()
-    cluster.scale(jobs=choice.workers)
-    return cluster
+    import dask  # noqa: PLC0415
 
-
-def make_slurm_cluster() -> Any:
-    """A ``dask_jobqueue.SLURMCluster`` by the user's ``jobqueue.yaml`` whose workers take one task at a time.
-
-    Raises:
-        ClusterError: dask-jobqueue is not installed, or the configuration lacks something.
-    """
     try:
-        from dask_jobqueue.slurm import SLURMCluster  # noqa: PLC0415
+        with keep_interrupts():
+            from wsi_engine.cluster.slurm import make_slurm_cluster, watch_jobs  # noqa: PLC0415
     except ImportError as error:
         raise ClusterError('--cluster slurm needs dask-jobqueue: pip install "wsi-engine[cluster]"') from error
-    configured = _configured("jobqueue.slurm.worker-extra-args")
-    try:
-        # of two --nthreads the last counts: a worker's other cores belong to the threads of its one task
-        return SLURMCluster(worker_extra_args=[*configured, "--nthreads", "1"])
-    except (ValueError, TypeError, KeyError) as error:
-        raise ClusterError(
-            f"the jobs of --cluster slurm are not described well ({_first_line(error)}): set cores, memory and "
-            "walltime under jobqueue.slurm in ~/.config/dask/jobqueue.yaml"
-        ) from error
+    except ValueError as error:  # dask-jobqueue sets a signal's handler as it loads
+        raise ClusterError("--cluster slurm must be started in the main thread of a program") from error
+    stack.enter_context(terminate_as_interrupt())
+    # a job whose worker is away may be in the queue again: whether it has ended is Slurm's to say
+    stack.enter_context(dask.config.set({"distributed.deploy.lost-worker-timeout": _LONG}))
+    cluster = stack.enter_context(make_slurm_cluster())
+    return cluster, watch_jobs(cluster, choice.workers or 1, choice.reconnect_seconds)
 
 
 def _configured(key: str) -> list[str]:
