@@ -12,6 +12,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 
 @dataclass(frozen=True)
 class Case:
@@ -80,6 +83,30 @@ def peak_memory() -> float:
     found = re.search(r"^VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii"), re.MULTILINE)
     assert found
     return int(found[1]) / 1024
+
+
+def write_random_store(path: Path, tiles: int, dim: int, seed: int = 0) -> NDArray[np.float16]:
+    """A store of random features, as extraction leaves it; returns them, float16 (tiles, dim).
+
+    Its encoder is called ``noise``, its tiles are of 256 px at 0.5 mpp, its slide has the path's name.
+    """
+    from wsi_engine import FeatureStore, TileGrid  # noqa: PLC0415 - most benchmarks write no store
+    from wsi_engine.encoders.base import EncoderCard  # noqa: PLC0415
+    from wsi_engine.slide_record import SlideRecord  # noqa: PLC0415
+    from wsi_engine.writer import FeatureIdentity, write_features  # noqa: PLC0415
+
+    side, step = 200, 512
+    places = np.arange(tiles)
+    origins = np.stack([places % side * step, places // side * step], axis=1).astype(np.int64)
+    grid = TileGrid(origins, 256, 256, 0.5, (float(step), float(step)), tiles)
+    size = side * step, (tiles // side + 1) * step
+    record = SlideRecord(path.stem, f"{seed:064x}", size, (0.25, 0.25), "made", "made", "made")
+    card = EncoderCard("noise", "imported", "noise", 0, dim, "none", "open", weights_digest="d" * 64)
+    features = np.random.default_rng(seed).standard_normal((tiles, dim), np.float32).astype(np.float16)
+    store = FeatureStore.create(path, record)
+    store.write_grid("g", grid, {"mpp": grid.mpp}, None)
+    write_features(store, FeatureIdentity(card, "g", grid, "fp32", "float16"), features, {})
+    return features
 
 
 def describe_machine() -> str:

@@ -12,12 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks._common import Case, Timing, describe_machine, parse_options, run_cases
-from wsi_engine import FeatureStore, TileGrid
+from benchmarks._common import Case, Timing, describe_machine, parse_options, run_cases, write_random_store
+from wsi_engine import FeatureStore
 from wsi_engine.bags import StoredBags
-from wsi_engine.encoders.base import EncoderCard
-from wsi_engine.store import SlideRecord
-from wsi_engine.writer import FeatureIdentity, FeatureWriter
 
 SIZES = ((20_000, 1536), (20_000, 1024), (2_000, 1024))
 """Tiles and numbers per tile of the bags; the goal is set for the first."""
@@ -26,25 +23,10 @@ GOAL = 1.3
 """Most times as long as ``numpy.fromfile`` that a bag may take."""
 
 
-def write_store(path: Path, tiles: int, dim: int) -> np.ndarray:
-    """A store of random float16 features, as extraction leaves it; returns them."""
-    side = 200
-    places = np.arange(tiles)
-    origins = np.stack([places % side * 512, places // side * 512], axis=1)
-    grid = TileGrid(origins, 256, 256, 0.5, (512.0, 512.0), tiles)
-    record = SlideRecord("a", "f" * 64, (side * 512, side * 512), (0.25, 0.25), "header", "generic", "turbo")
-    card = EncoderCard("net", "timm", "resnet", 224, dim, "mean", "open", weights="random:0", weights_digest="d" * 64)
-    store = FeatureStore.create(path, record)
-    store.write_grid("g", grid, {}, None)
-    features = np.random.default_rng(0).normal(size=(tiles, dim)).astype(np.float16)
-    FeatureWriter(store, FeatureIdentity(card, "g", grid, "fp32", "float16"), 1024).keep(features, {})
-    return features
-
-
 def cases(folder: Path, tiles: int, dim: int) -> list[Case]:
     """Our way and Zarr's, each against ``numpy.fromfile``."""
     store, raw = folder / f"{tiles}-{dim}.zarr", folder / f"{tiles}-{dim}.bin"
-    features = write_store(store, tiles, dim)
+    features = write_random_store(store, tiles, dim)
     features.tofile(raw)
     bags, zarr = StoredBags([store]), FeatureStore.open(store)
     if not (np.array_equal(bags.load(0), features) and np.array_equal(zarr.features(), features)):

@@ -126,17 +126,16 @@ def _fit_peeking(
     """The same training as :func:`_fit`, whose figures are the last of these."""
     from wsi_engine.training.fold import FoldTraining, typical_numbers  # noqa: PLC0415
     from wsi_engine.training.hardware import choose_hardware  # noqa: PLC0415
-    from wsi_engine.training.inference import fit_standard, predict_bags  # noqa: PLC0415
 
     names = [f"bag {place}" for place in range(len(source))]
     hardware = choose_hardware(settings, plan.name, typical_numbers(source, fold.train))
     found = []
     with hardware.repeatable():
         training = FoldTraining(source, labels, fold, plan, settings, number, names, hardware)
-        fit_standard(training.head, source, fold.train, settings.workers)
+        training.prepare()
         while not training.standing.stopped:
             training.epoch()
-            test = predict_bags(training.head, source, fold.test, hardware, names, settings.workers)
+            test = training.predict(fold.test)
             found.append(judge(test[:, 1], labels[list(fold.test)]))
     return found
 

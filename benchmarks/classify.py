@@ -18,18 +18,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks._common import describe_machine
+from benchmarks._common import describe_machine, write_random_store
 from wsi_engine.bags import StoredBags
 from wsi_engine.classification.ensemble import load_ensemble
 from wsi_engine.classification.explanation import ExplainSettings
 from wsi_engine.classification.slides import classify
-from wsi_engine.encoders.base import EncoderCard
-from wsi_engine.grid import GridSettings, TileGrid
 from wsi_engine.models import create_head, save_head
 from wsi_engine.runs import FeatureOrigin, RunFolder, RunRecord
-from wsi_engine.store import FeatureStore, SlideRecord
+from wsi_engine.store import FeatureStore
 from wsi_engine.version import __version__
-from wsi_engine.writer import FeatureIdentity, write_features
 
 TILES = 5000
 SLIDES = 24
@@ -39,21 +36,6 @@ CASES = (("clam_sb", 1024, 1), ("clam_sb", 1024, 5), ("abmil", 384, 1), ("abmil"
 
 BARE = ExplainSettings(attention=False, heatmaps=False, geojson=False, sheets=False)
 KEPT = ExplainSettings(attention=True, heatmaps=False, geojson=False, sheets=False)
-
-
-def write_stores(folder: Path, dim: int, slides: int) -> FeatureOrigin:
-    """Stores of noise, as the engine writes them."""
-    card = EncoderCard(f"noise{dim}", "imported", "noise", 0, dim, "none", "open", weights_digest="a" * 64)
-    settings = GridSettings()
-    origins = np.stack(np.meshgrid(np.arange(100), np.arange(TILES // 100)), axis=-1).reshape(-1, 2) * 512
-    grid = TileGrid(origins.astype(np.int64), settings.tile_px, settings.step_px, settings.mpp, (512.0, 512.0), TILES)
-    for number in range(slides):
-        values = np.random.default_rng(number).standard_normal((TILES, dim), np.float32).astype(np.float16)
-        record = SlideRecord(f"s{number}", f"{number}", (51_200, 51_200), (0.25, 0.25), "made", "made", "made")
-        store = FeatureStore.create(folder / f"s{number}.zarr", record)
-        store.write_grid(settings.name, grid, {}, None)
-        write_features(store, FeatureIdentity(card, settings.name, grid, "fp32", "float16"), values, {})
-    return FeatureOrigin.of(FeatureStore.open(folder / "s0.zarr"))
 
 
 def write_run(path: Path, origin: FeatureOrigin, head: str, folds: int) -> Path:
@@ -83,7 +65,8 @@ def measure(folder: Path, head: str, dim: int, folds: int) -> None:
     """Print one line of rates, and what bf16 changes."""
     stores = folder / f"noise{dim}"
     if not stores.exists():
-        write_stores(stores, dim, SLIDES)
+        for number in range(SLIDES):
+            write_random_store(stores / f"s{number}.zarr", TILES, dim, number)
     paths = sorted(stores.glob("*.zarr"))
     origin = FeatureOrigin.of(FeatureStore.open(paths[0]))
     run = write_run(folder / f"{head}-{dim}-{folds}", origin, head, folds)

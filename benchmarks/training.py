@@ -25,41 +25,27 @@ import h5py
 import numpy as np
 import torch
 
-from benchmarks._common import describe_machine
-from wsi_engine import FeatureStore, TileGrid
+from benchmarks._common import describe_machine, write_random_store
 from wsi_engine.bags import StoredBags
 from wsi_engine.cohorts.splits import Fold
-from wsi_engine.encoders.base import EncoderCard
 from wsi_engine.memory import keep_freed_memory
 from wsi_engine.models import create_head
-from wsi_engine.store import SlideRecord
 from wsi_engine.training.fold import FoldTraining
 from wsi_engine.training.hardware import choose_hardware
 from wsi_engine.training.plan import HeadPlan
 from wsi_engine.training.settings import TrainSettings
-from wsi_engine.writer import FeatureIdentity, FeatureWriter
 
 DIM = 1024
 TARGET = 3.0
 SETTINGS = TrainSettings(balanced=False, device="cpu")
 
 
-def write_features(folder: Path, bags: int, tiles: int) -> None:
+def write_bags(folder: Path, bags: int, tiles: int) -> None:
     """The same random features as stores (float16) and as HDF5 (float32, contiguous, which h5py reads fastest)."""
-    generator = np.random.default_rng(0)
-    card = EncoderCard("net", "timm", "resnet", 224, DIM, "mean", "open", weights="random:0", weights_digest="d" * 64)
-    origins = np.stack([np.arange(tiles) * 512, np.zeros(tiles, int)], axis=1).astype(np.int64)
-    grid = TileGrid(origins, 256, 256, 0.5, (512.0, 512.0), tiles)
     for number in range(bags):
-        features = generator.standard_normal((tiles, DIM), np.float32)
+        features = write_random_store(folder / f"{number}.zarr", tiles, DIM, number)
         with h5py.File(folder / f"{number}.h5", "w") as file:
-            file["features"] = features
-        record = SlideRecord(f"{number}", f"{number:064x}", (99_999, 99_999), (0.25, 0.25), "made", "none", "turbo")
-        store = FeatureStore.create(folder / f"{number}.zarr", record)
-        store.write_grid("g", grid, {"mpp": 0.5}, None)
-        writer = FeatureWriter(store, FeatureIdentity(card, "g", grid, "fp32", "float16"), 4096)
-        writer.add(writer.missing_rows(), features)
-        writer.finish({})
+            file["features"] = features.astype(np.float32)
 
 
 def plain_loop(folder: Path, bags: int, labels: np.ndarray) -> Callable[[], object]:
@@ -129,7 +115,7 @@ def main() -> None:
     print(f"{describe_machine()}\ntorch {torch.__version__}, {torch.get_num_threads()} threads", flush=True)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_features(folder, options.bags, options.tiles)
+        write_bags(folder, options.bags, options.tiles)
         precision, kept = our_epoch(folder, options.bags, labels, None)
         ways = {
             "plain loop over HDF5, fp32": PlainProcess(folder, options.bags, labels).epoch,

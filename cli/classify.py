@@ -34,7 +34,10 @@ def classify(
     ],
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder of the results.", show_default=False)],
     features: Annotated[
-        Path | None, typer.Option(help="Folder of the slides' stores; OUT/features if not given.", show_default=False)
+        str | None,
+        typer.Option(
+            metavar="DIR|URL", help="Folder of the slides' stores; OUT/features if not given.", show_default=False
+        ),
     ] = None,
     weights: Annotated[
         str | None,

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
-from rich.table import Table
-from rich.text import Text
 
 from wsi_engine.cli import console
-
-if TYPE_CHECKING:
-    from wsi_engine.training.report import TrainReport
+from wsi_engine.cli.parameters import Parameter, give_signature
+from wsi_engine.cli.parameters import make_option as _option
+from wsi_engine.cli.train_report import print_report
 
 train_app = typer.Typer(
     name="train",
@@ -62,26 +58,6 @@ class Size(StrEnum):
     big = "big"
 
 
-@dataclass(frozen=True)
-class Parameter:
-    """One parameter of a command, as typer reads it from a signature; ``default`` ``...`` for none."""
-
-    name: str
-    type: Any
-    default: Any = ...
-
-    def to_signature(self) -> inspect.Parameter:
-        """For ``__signature__``."""
-        default = inspect.Parameter.empty if self.default is ... else self.default
-        return inspect.Parameter(self.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=self.type)
-
-
-def _option(name: str, kind: Any, default: Any, text: str, *flags: str, panel: str | None = None) -> Parameter:
-    shown = default is not None and default is not ... and kind is not bool
-    option = typer.Option(*flags, help=text, show_default=shown, rich_help_panel=panel)
-    return Parameter(name, Annotated[kind, option], default)
-
-
 _SPLITS, _TRAINING, _MACHINE = "Splits", "Training", "Machine"
 
 INPUTS = (
@@ -94,7 +70,7 @@ INPUTS = (
             ),
         ],
     ),
-    _option("features", Path, ..., "Folder of the feature stores, as wsi extract writes them.", "--features"),
+    _option("features", str, ..., "Folder or URL of the feature stores, as wsi extract writes them.", "--features"),
     _option("label", str, ..., "Column of the labels; its values are the classes.", "--label"),
     _option("out", Path, ..., "Folder of the run; the same command again goes on with it.", "-o", "--out"),
     _option("encoder", str | None, None, "Whose features, where the stores hold several.", "--encoder"),
@@ -218,12 +194,9 @@ def _make_command(
         options["standardise"] = values.pop("standardise")
         _train(head, options, **values)
 
-    parameters = [*INPUTS, *own, *SHARED]
     run.__name__ = name
     run.__doc__ = text
-    run.__annotations__ = {one.name: one.type for one in parameters}
-    run.__signature__ = inspect.Signature([one.to_signature() for one in parameters])  # type: ignore[attr-defined]
-    return run
+    return give_signature(run, [*INPUTS, *own, *SHARED])
 
 
 _ENDING = """
@@ -247,7 +220,7 @@ def _train(
     options: dict[str, Any],
     *,
     cohort: Path,
-    features: Path,
+    features: str,
     label: str,
     out: Path,
     encoder: str | None,
@@ -279,25 +252,4 @@ def _train(
     if as_json:
         console.print_json(report.to_json())
     else:
-        _print_report(report)
-
-
-def _print_report(report: TrainReport) -> None:
-    """A table of the folds, and what to do next."""
-    names = ("fold", "epochs", "validation loss", "held-out AUROC", "held-out slides", "seconds")
-    table = Table(*names, box=None, padding=(0, 2, 0, 0))
-    for column in table.columns:
-        column.justify = "right"
-    for fold in report.folds:
-        table.add_row(
-            str(fold.fold), str(fold.epochs), _number(fold.validation_loss), _number(fold.auroc), str(fold.test),
-            f"{fold.seconds:.1f}",
-        )  # fmt: skip
-    console.out.print(table)
-    classes = ", ".join(report.record.classes)
-    console.out.print(Text(f"{report.record.head} for {report.record.label} ({classes}) in {report.path}"))
-    console.out.print(Text(f"next: wsi evaluate {report.path}; wsi classify SLIDE... --model {report.path} -o OUT"))
-
-
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3f}"
+        print_report(report)

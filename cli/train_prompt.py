@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import fields, replace
 from enum import StrEnum
@@ -11,12 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
-from rich.text import Text
 
 from wsi_engine.cli import console
 from wsi_engine.cli.extract import Tissue
-from wsi_engine.cli.train import SHARED, Optimiser, Parameter, Schedule
+from wsi_engine.cli.parameters import Parameter, give_signature
+from wsi_engine.cli.parameters import make_option as _option
+from wsi_engine.cli.train import SHARED, Optimiser, Schedule
+from wsi_engine.cli.train_report import print_report
 from wsi_engine.training.prompt_settings import PromptSettings
 
 if TYPE_CHECKING:
@@ -29,13 +28,6 @@ class Mode(StrEnum):
     prompt = "prompt"
     conventional = "conventional"
     finetune = "finetune"
-
-
-def _option(name: str, kind: Any, default: Any, text: str, *flags: str, panel: str | None = None) -> Parameter:
-    shown = default is not None and default is not ... and kind is not bool
-    return Parameter(
-        name, Annotated[kind, typer.Option(*flags, help=text, show_default=shown, rich_help_panel=panel)], default
-    )  # fmt: skip
 
 
 _TUNING, _TILES, _TRAINING, _MACHINE = "Tuning", "Tiles", "Training", "Machine"
@@ -80,40 +72,37 @@ OWN = (
     _option("chunk", int, 32, "Tiles that go through the encoder at a time.", "--chunk", panel=_MACHINE),
     _option("keep_share", float, 0.25, "Share of memory for tiles kept from epoch to epoch, 0-1.", "--keep-share",
             panel=_MACHINE),
+    _option("workers", int | None, None, "Threads that decode slides; the usable cores if not given.", "--workers",
+            panel=_MACHINE),
 )  # fmt: skip
 
 _KINDS = {"optimiser": Optimiser, "schedule": Schedule}
 
 
 def _with_own_defaults(shared: tuple[Parameter, ...]) -> tuple[Parameter, ...]:
-    """The options of every head, with the defaults of prompts."""
+    """The options of every head but those that are the command's own, with the defaults of prompts."""
+    own = {one.name for one in OWN}
     known: dict[str, Any] = {field.name: field.default for field in fields(PromptSettings)}
     return tuple(
         replace(one, default=_KINDS.get(one.name, lambda value: value)(known[one.name])) if one.name in known else one
         for one in shared
+        if one.name not in own
     )
 
 
 PARAMETERS = (*INPUTS, *OWN, *_with_own_defaults(SHARED))
 
 
-def _make_command() -> Callable[..., None]:
-    """The command under one signature."""
+def train_prompt(**values: Any) -> None:
+    """Train prompts in a frozen vision transformer, together with a head (Zhang et al. 2023).
 
-    def train_prompt(**values: Any) -> None:
-        """Train prompts in a frozen vision transformer, together with a head (Zhang et al. 2023).
-
-        Tiles are streamed from the slides. Slides are split by patient, the best epoch by validation loss is kept, and
-        the held-out slides are predicted once. Safe to kill and to run again.
-        """
-        _train(**values)
-
-    train_prompt.__annotations__ = {one.name: one.type for one in PARAMETERS}
-    train_prompt.__signature__ = inspect.Signature([one.to_signature() for one in PARAMETERS])  # type: ignore[attr-defined]
-    return train_prompt
+    Tiles are streamed from the slides. Slides are split by patient, the best epoch by validation loss is kept, and
+    the held-out slides are predicted once. Safe to kill and to run again.
+    """
+    _train(**values)
 
 
-train_prompt = _make_command()
+give_signature(train_prompt, PARAMETERS)
 
 
 def _train(**values: Any) -> None:
@@ -146,29 +135,19 @@ def _train(**values: Any) -> None:
     if as_json:
         console.print_json(report.to_json() | {"tuning": report.record.summary.get("tuning")})
     else:
-        _print_report(report)
+        print_report(report, _describe_cost(report))
 
 
-def _print_report(report: TrainReport) -> None:
-    """A table of the folds, what learned and what it took, and what to do next."""
-    table = Table("fold", "epochs", "validation loss", "held-out AUROC", "held-out slides", "seconds",
-                  box=None, padding=(0, 2, 0, 0))  # fmt: skip
-    for column in table.columns:
-        column.justify = "right"
-    for fold in report.folds:
-        numbers = ("–" if value is None else f"{value:.3f}" for value in (fold.validation_loss, fold.auroc))
-        table.add_row(str(fold.fold), str(fold.epochs), *numbers, str(fold.test), f"{fold.seconds:.1f}")
-    console.out.print(table)
+def _describe_cost(report: TrainReport) -> str:
+    """What learned, and what it took."""
     cost = report.record.summary.get("tuning", {})
-    if cost:
-        memory, seconds = cost["peak_memory_mb"], cost["seconds_per_epoch"]
-        parts = [
-            f"{cost['mode']}: {cost['encoder_parameters']:,} parameters of the encoder and {cost['head_parameters']:,} "
-            "of the head learned",
-            "memory not measured" if memory is None else f"{memory:,.0f} MiB at the peak",
-            "" if seconds is None else f"{seconds:.2f} s an epoch",
-        ]
-        console.out.print(Text(", ".join(filter(None, parts))))
-    classes = ", ".join(report.record.classes)
-    console.out.print(Text(f"{report.record.head} for {report.record.label} ({classes}) in {report.path}"))
-    console.out.print(Text(f"next: wsi evaluate {report.path}; wsi classify SLIDE... --model {report.path} -o OUT"))
+    if not cost:
+        return ""
+    memory, seconds = cost["peak_memory_mb"], cost["seconds_per_epoch"]
+    parts = [
+        f"{cost['mode']}: {cost['encoder_parameters']:,} parameters of the encoder and {cost['head_parameters']:,} "
+        "of the head learned",
+        "memory not measured" if memory is None else f"{memory:,.0f} MiB at the peak",
+        "" if seconds is None else f"{seconds:.2f} s an epoch",
+    ]
+    return ", ".join(filter(None, parts))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,8 @@ class CardFile:
             save_file(state, partial, metadata={self.key: text})
             os.replace(partial, target)
         finally:
-            partial.unlink(missing_ok=True)
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
 
     def find(self, path: str | os.PathLike[str]) -> Path:
         """The path, if there is a file; ``unreadable`` otherwise."""
@@ -86,14 +88,22 @@ class CardFile:
             raise self.unreadable(f"there is no file of {self.what} at {path}; check the path")
         return Path(path)
 
-    def read_card(self, path: str | os.PathLike[str]) -> dict[str, Any]:
-        """The card alone, without the tensors; ``unreadable`` where there is no file, no card, or not this kind's."""
+    def find_card(self, path: str | os.PathLike[str]) -> dict[str, Any] | None:
+        """The card alone, without the tensors, None where the file has none of this kind; errors as in ``read``."""
         source = self.find(path)
         with self._open(source) as file:
-            return self.require(self._parse(file.metadata(), source), source)
+            return self._parse(file.metadata(), source)
+
+    def read_card(self, path: str | os.PathLike[str]) -> dict[str, Any]:
+        """The card alone, without the tensors; ``unreadable`` where there is no file, no card, or not this kind's."""
+        return self.require(self.find_card(path), Path(path))
 
     def read(self, path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
-        """Tensors by name, and the card, None where the file has none of this kind; errors as in :meth:`read_card`."""
+        """Tensors by name, and the card, None where the file has none of this kind.
+
+        Raises:
+            ValueError: as ``unreadable``: there is no file, or it is damaged.
+        """
         source = self.find(path)
         with self._open(source) as file:
             card = self._parse(file.metadata(), source)

@@ -7,22 +7,27 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import zarr
 from PIL import Image
 from support_runs import make_origin, make_run
 
 from wsi_engine import FeatureStore, extract
-from wsi_engine.classification.ensemble import load_ensemble
+from wsi_engine.classification import slides as slides_module
+from wsi_engine.classification import targets as targets_module
+from wsi_engine.classification.ensemble import Ensemble, load_ensemble
 from wsi_engine.classification.explanation import ExplainSettings
-from wsi_engine.classification.outcomes import ClassifyReport, PredictionsFile, SlideClass
+from wsi_engine.classification.outcomes import ClassifyReport, SlideClass
 from wsi_engine.classification.slides import classify
-from wsi_engine.classification.targets import find_targets
+from wsi_engine.classification.targets import ExtractOptions, FeatureSource, Target, extract_missing, find_targets
 from wsi_engine.errors import InputError, ModelError, SettingsError, StoreError
+from wsi_engine.inputs import SlideSource
 from wsi_engine.runs import FeatureOrigin
-from wsi_engine.store import SlideRecord
+from wsi_engine.slide_record import SlideRecord
 
 BARE = ExplainSettings(attention=False, heatmaps=False, geojson=False, sheets=False)
 
@@ -295,17 +300,45 @@ def test_an_output_folder_that_cannot_be_made(place: Path) -> None:
         ExplainSettings(long_side=3)
 
 
-def test_the_table_is_written_to_the_last_digit(tmp_path: Path) -> None:
-    value = 1 / 3
-    table = PredictionsFile(tmp_path / "p.csv", ("x, y", "z"), "d")
-    table.add(SlideClass("s", "done", "", "x, y", {"x, y": value, "z": 1 - value}, 0.9182958340544896, 0.0, 7))
-    table.add(SlideClass("t", "failed", "why"))
-    table.write()
-    rows = read_rows(tmp_path / "p.csv")
-    assert list(rows) == ["s"]
-    assert float(rows["s"]["prob_x, y"]) == value
-    assert [path.name for path in tmp_path.iterdir()] == ["p.csv"]
-    PredictionsFile(tmp_path / "p.csv", ("x, y", "z"), "d").write()
-    assert read_rows(tmp_path / "p.csv") == rows
-    with pytest.raises(InputError, match="another model"):
-        PredictionsFile(tmp_path / "p.csv", ("x", "z"), "d")
+def test_a_slide_that_does_not_fit_in_memory_fails_alone(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    predict = Ensemble._predict
+
+    def full(self: Ensemble, features: Any, digest: str, where: str) -> Any:
+        if where == "a":
+            raise torch.OutOfMemoryError("the device is full")
+        return predict(self, features, digest, where)
+
+    monkeypatch.setattr(Ensemble, "_predict", full)
+    monkeypatch.setattr(slides_module, "explain_prediction", lambda *_: (_ for _ in ()).throw(MemoryError()))
+    report = run(place, "features/a.zarr", "features/b.zarr", settings=BARE)
+    messages = {result.slide_id: result.message for result in report.failed}
+    tiles = len(FeatureStore.open(place / "features" / "a.zarr").origins())
+    assert messages == {
+        "a": f"a ({tiles} tiles) does not fit in the memory of cpu: end what else runs there, or use another device",
+        "b": "b does not fit in memory: end what else runs there",
+    }
+
+
+def test_slides_that_are_left_out_of_later_rounds_end_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is announced is what ends, where a model takes features of several encoders and a slide fails."""
+    ended: list[str] = []
+    announced: list[int] = []
+
+    class Told:
+        run_started = announced.append
+        slide_started = tiles_done = staticmethod(lambda *_: None)
+        slide_finished = staticmethod(lambda result: ended.append(result.slide_id))
+
+    def extract_some(slides: Any, features: Any, source: Any, options: Any, progress: Any, session: Any) -> Any:
+        progress.run_started(len(slides))
+        for slide in slides:
+            progress.slide_finished(SlideClass(slide.slide_id, "failed" if slide.slide_id == "b" else "done"))
+        return {slide.slide_id: "broken" for slide in slides if slide.slide_id == "b"}
+
+    monkeypatch.setattr(targets_module, "_extract", extract_some)
+    targets = [Target(name, tmp_path / f"{name}.zarr", SlideSource(f"{name}.png", name)) for name in "abc"]
+    sources = [FeatureSource(make_origin(4, encoder=f"e{number}")) for number in range(3)]
+    failures = extract_missing(targets, tmp_path, sources, ExtractOptions(), Told())
+    assert failures == {"b": "broken"}
+    assert announced == [9]
+    assert sorted(ended) == sorted("abc" * 3)

@@ -5,12 +5,10 @@ from __future__ import annotations
 import inspect
 import io
 import json
-from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
-import torch
 from rich.console import Console
 from support_cohort import write_cohort
 from typer.testing import CliRunner, Result
@@ -26,13 +24,7 @@ from wsi_engine.training import TrainSettings
 HEADS = ("clam", "abmil", "dsmil", "transmil", "mean")
 QUICK = ("--epochs", 2, "--folds", 2, "--validation", 0.25, "--learning-rate", 0.005, "--device", "cpu")
 
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -7,13 +7,12 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
-import torch
 from support_prompt import TILE, write_slides
+from support_training import kept_bytes
 from typer.testing import CliRunner, Result
 
 from wsi_engine import FeatureStore
@@ -28,13 +27,7 @@ QUICK = (
     "--learning-rate", 0.01, "--bags-per-step", 2, "--device", "cpu",
 )  # fmt: skip
 
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -43,9 +36,8 @@ def cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole(cohort: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
+def whole(cohort: Path, one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
     """A run that nothing disturbed, and what it printed."""
-    torch.set_num_threads(1)
     out = tmp_path_factory.mktemp("runs") / "whole"
     return out, wsi(*command(cohort, out))
 
@@ -59,12 +51,6 @@ def wsi(*arguments: object) -> Result:
 
 def command(cohort: Path, out: Path, *extra: object) -> tuple[object, ...]:
     return ("train", "prompt", cohort / "cohort.csv", "--label", "grade", "-o", out, *BACKBONE, *QUICK, *extra)
-
-
-def kept_bytes(run: Path) -> dict[str, bytes]:
-    """Every file that has no times in it."""
-    paths = [*run.glob("fold-*/*"), *(run / name for name in ("predictions.csv", "validation.csv", "splits.csv"))]
-    return {str(path.relative_to(run)): path.read_bytes() for path in paths}
 
 
 def test_defaults_are_those_of_the_engine() -> None:

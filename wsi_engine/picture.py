@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -64,7 +65,8 @@ def save_picture(picture: RGBImage, path: str | os.PathLike[str]) -> None:
     except OSError as error:
         raise SlideError(f"cannot write the picture {path}: {error.strerror or error}") from error
     finally:
-        draft.unlink(missing_ok=True)
+        with suppress(OSError):
+            draft.unlink(missing_ok=True)
 
 
 def _draw_tiles(picture: Image.Image, grid: TileGrid, to_picture: tuple[float, float]) -> None:

@@ -7,7 +7,7 @@ from wsi_engine.models.heads.checkpoints import load_head, read_head_card, save_
 from wsi_engine.models.heads.errors import CheckpointError, HeadError
 from wsi_engine.models.heads.output import HeadOutput
 from wsi_engine.models.heads.smooth_svm import SmoothTop1SVM
-from wsi_engine.models.heads.table import create_head, list_heads
+from wsi_engine.models.heads.table import create_head, head_lowers, list_heads
 
 __all__ = [
     "CheckpointError",
@@ -16,6 +16,7 @@ __all__ = [
     "HeadOutput",
     "SmoothTop1SVM",
     "create_head",
+    "head_lowers",
     "list_heads",
     "load_head",
     "read_head_card",

@@ -55,6 +55,7 @@ class Abmil(PoolingHead):
     """Attention pooling after Ilse et al.; one attention map."""
 
     name = "abmil"
+    lowers = True
     settings: AbmilSettings
 
     def __init__(self, in_dim: int, n_classes: int, settings: AbmilSettings | None = None) -> None:

@@ -35,6 +35,8 @@ class Head(nn.Module):
 
     Attributes:
         name: the name that ``create_head`` knows it by.
+        lowers: whether ``auto`` may compute its wide layers in a type of 16 bits: where rounding cannot turn what the
+            head looks at, and speed is gained.
         in_dim: numbers per tile.
         n_classes: classes, the length of the logits.
         settings: the rest of what is needed to build it again.
@@ -44,6 +46,7 @@ class Head(nn.Module):
 
     name: ClassVar[str]
     least_classes: ClassVar[int] = 2
+    lowers: ClassVar[bool] = False
 
     def __init__(self, in_dim: int, n_classes: int, settings: HeadSettings) -> None:
         super().__init__()

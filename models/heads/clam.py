@@ -14,6 +14,7 @@ Tensors carry the names of CLAM's own state dicts.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -77,6 +78,7 @@ class ClamSettings(HeadSettings):
 class _Clam(PoolingHead):
     """What both CLAM heads share."""
 
+    lowers = True
     settings: ClamSettings
     instance_classifiers: nn.ModuleList
 
@@ -97,9 +99,9 @@ class _Clam(PoolingHead):
         hidden = self.attention_net[:3](features)
         return hidden, self.attention_net[3](hidden)
 
+    @abstractmethod
     def classify(self, embedding: Tensor) -> Tensor:
         """(K, H) to logits (C,)."""
-        raise NotImplementedError
 
     def finish(self, bag: PooledBag) -> HeadOutput:
         """From the pooled bag to the output."""

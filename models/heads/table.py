@@ -28,6 +28,15 @@ def list_heads() -> list[str]:
     return list(_HEADS)
 
 
+def head_lowers(name: str) -> bool:
+    """Whether ``auto`` may compute the head of this name in 16 bits (:attr:`Head.lowers`); False for unknown names.
+
+    DSMIL picks one critical tile per class, which rounding can change, TransMIL's pseudo-inverse amplifies rounding,
+    and the mean has nothing to gain.
+    """
+    return name in _HEADS and _HEADS[name][0].lowers
+
+
 def create_head(name: str, in_dim: int, n_classes: int, **options: Any) -> Head:
     """Build a head with fresh weights, drawn from torch's global generator: ``torch.manual_seed`` repeats them.
 

@@ -19,6 +19,7 @@ from wsi_engine.cluster.session import Session
 from wsi_engine.cluster.slides import run_slides
 from wsi_engine.distribution import absolute_source, mark_folder, share_worker
 from wsi_engine.errors import ModelError, WsiError
+from wsi_engine.places import as_place
 
 
 @dataclass(frozen=True)
@@ -122,4 +123,4 @@ def _load_model(plan: EnsemblePlan, share: WorkerShare) -> Ensemble:
 def _absolute(target: Target) -> Target:
     """The target with paths that mean the same in a worker."""
     slide = target.slide and absolute_source(target.slide)
-    return dataclasses.replace(target, store=Path(absolute_path(target.store)), slide=slide)
+    return dataclasses.replace(target, store=as_place(absolute_path(target.store)), slide=slide)

@@ -11,7 +11,6 @@ zero and no common scale, while weights all say "share of the slide's embedding"
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -28,15 +27,11 @@ from wsi_engine.classification.prediction import Prediction, calibrate, measure_
 from wsi_engine.classification.targets import FeatureSource
 from wsi_engine.encoders.precision import Precision, arithmetic, choose_precision, lower_network
 from wsi_engine.errors import ModelError, SettingsError
-from wsi_engine.memory import keep_freed_memory
+from wsi_engine.memory import explain_memory, keep_freed_memory
 from wsi_engine.models import Head, HeadError, load_head, read_head_card
-from wsi_engine.runs import FeatureOrigin, RunFolder, RunRecord
+from wsi_engine.runs import FeatureOrigin, RunFolder, RunRecord, digest_heads
 from wsi_engine.tissue import TissueSettings
 from wsi_engine.workers import usable_cores
-
-LOWERED_HEADS = ("clam_sb", "clam_mb", "abmil")
-"""Heads that ``auto`` computes in the device's fast type. DSMIL picks one critical tile per class, which rounding can
-change, and TransMIL's pseudo-inverse amplifies rounding: both stay in fp32."""
 
 _NARROW = 64
 """Layers of fewer outputs (scores, logits) stay in fp32, where they cost nothing: tiles keep distinct ranks."""
@@ -83,7 +78,7 @@ class Ensemble:
         if self._device.type == "cpu":
             keep_freed_memory()
             torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))
-        self._precision = _choose_precision(precision, self._device, folds[0].head.name)
+        self._precision = _choose_precision(precision, self._device, folds[0].head)
         self._folds = tuple(
             replace(fold, head=_lower(fold.head, self._precision, self._device)) for fold in folds
         )  # fmt: skip
@@ -120,7 +115,8 @@ class Ensemble:
             where: names the slide in messages.
 
         Raises:
-            ModelError: there is no tile, the features are of another width or kind, or one is not finite.
+            ModelError: there is no tile, the features are of another width or kind, one is not finite, or memory runs
+                out.
         """
         given = [features] if isinstance(features, np.ndarray) else list(features)
         if len(given) != len(self.sources) or len({len(one) for one in given}) > 1:
@@ -128,7 +124,17 @@ class Ensemble:
                 f"{where}: the model takes features of {len(self.sources)} encoders, all of the same tiles, and got "
                 f"{len(given)}; extract with the prompts of each fold"
             )
-        bags = [self._to_device(_check_features(one, self.features.dim, where), where) for one in given]
+        given = [_check_features(one, self.features.dim, where) for one in given]
+        too_large = (
+            f"{where} ({len(given[0]):,} tiles) does not fit in the memory of {self.device}: end what else runs there, "
+            "or use another device"
+        )
+        with explain_memory(ModelError, too_large):
+            return self._predict(given, grid_digest, where)
+
+    def _predict(self, features: list[NDArray[Any]], grid_digest: str, where: str) -> Prediction:
+        """The prediction of checked features, one array for each of :attr:`sources`."""
+        bags = [self._to_device(one, where) for one in features]
         probabilities, weights = [], None
         for fold in self._folds:
             found, attention = self._run_fold(fold, bags[fold.source], where)
@@ -187,7 +193,7 @@ def load_ensemble(run: str | os.PathLike[str], device: str = "auto", precision: 
         run: folder of ``wsi train``, or one head file (.safetensors) of such a run.
         device: ``auto`` (a CUDA device where there is one) or a device by torch's name.
         precision: ``fp32``, ``bf16``, ``fp16`` (on a GPU), or ``auto``: the fastest that the device computes in
-            natively for :data:`LOWERED_HEADS`, fp32 for other heads.
+            natively for heads whose ``lowers`` says so, fp32 for others.
 
     Raises:
         ModelError: it is no run, is not finished, a head is missing or damaged, or its folds do not agree in classes,
@@ -221,7 +227,7 @@ def load_ensemble(run: str | os.PathLike[str], device: str = "auto", precision: 
     folds = tuple(
         replace(one.fold, source=number if len(sources) > 1 else 0) for number, one in enumerate(loaded)
     )  # fmt: skip
-    return Ensemble(name, folds, classes, sources[0].origin, _digest_files(files), device, precision, sources)
+    return Ensemble(name, folds, classes, sources[0].origin, digest_heads(files), device, precision, sources)
 
 
 def _find_sources(
@@ -327,25 +333,17 @@ def _read_temperature(card: Mapping[str, Any]) -> float:
     return temperature
 
 
-def _digest_files(files: list[Path]) -> str:
-    digest = hashlib.sha256()
-    for file in files:
-        with open(file, "rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return digest.hexdigest()
-
-
 def _choose_device(name: str) -> torch.device:
     from wsi_engine.encoders.deep import choose_device  # noqa: PLC0415 - loads timm
 
     return choose_device(name)
 
 
-def _choose_precision(name: str, device: torch.device, head: str) -> Precision:
+def _choose_precision(name: str, device: torch.device, head: Head) -> Precision:
     """The precision of a name; ``auto`` is fp32 for heads that rounding can turn."""
     if name.endswith("+compile"):
         raise SettingsError(f"heads are not compiled: use {name.partition('+')[0]} or auto, not {name}")
-    if name == "auto" and head not in LOWERED_HEADS:
+    if name == "auto" and not head.lowers:
         return Precision()
     return choose_precision(name, device)
 

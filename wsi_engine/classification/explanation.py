@@ -19,7 +19,8 @@ from wsi_engine.grid import TileGrid
 from wsi_engine.lease import hold_lease
 from wsi_engine.picture import save_picture
 from wsi_engine.slide import Slide, open_slide
-from wsi_engine.store import FeatureStore, SlideRecord, features_key
+from wsi_engine.slide_record import SlideRecord
+from wsi_engine.store import FeatureStore, features_key
 from wsi_engine.version import __version__
 
 

@@ -11,6 +11,7 @@ import math
 import os
 import uuid
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from wsi_engine.grid import TileGrid
 from wsi_engine.picture import draw_scale_bar
 from wsi_engine.readers.base import RGBImage
 from wsi_engine.slide import Slide
-from wsi_engine.store import SlideRecord
+from wsi_engine.slide_record import SlideRecord
 from wsi_engine.tissue import TissueMask
 
 OPACITY = 0.55
@@ -183,7 +184,8 @@ def write_tiles_geojson(
     except OSError as error:
         raise SlideError(f"cannot write the tiles {path}: {error.strerror or error}") from error
     finally:
-        draft.unlink(missing_ok=True)
+        with suppress(OSError):
+            draft.unlink(missing_ok=True)
 
 
 def _list_features(

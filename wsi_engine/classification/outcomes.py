@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import csv
-import os
+import io
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from wsi_engine.errors import InputError
+from wsi_engine.errors import BusyError, InputError, StoreError
+from wsi_engine.lease import hold_lease
+from wsi_engine.places import write_file
 
 _FLUSH_SECONDS = 10.0
+
+WAIT_SECONDS = 300.0
+"""For which another process may write the same table; it takes milliseconds, unless that process stands still."""
+
+_LOOK_SECONDS = 0.05
 
 
 @dataclass(frozen=True)
@@ -25,7 +33,7 @@ class SlideClass:
         message: why it failed, or what was left out.
         prediction: the most probable class.
         probabilities: of each class, calibrated, mean over folds.
-        entropy: 0 certain to 1 no idea; see :class:`~wsi_engine.classification.ensemble.Prediction`.
+        entropy: 0 certain to 1 no idea; see :class:`~wsi_engine.classification.prediction.Prediction`.
         disagreement: the part of it in which folds contradict each other.
         tiles: how many tiles it has.
         store: where its features are, and its attention:
@@ -72,11 +80,12 @@ class PredictionsFile:
     """``predictions.csv``: slide_id, prediction, prob_<class> …, entropy, disagreement, tiles, model.
 
     Probabilities are written to the last digit. Replaced in one step, now and then and at the end, so that a kill
-    loses little and a reader never sees half of it.
+    loses little and a reader never sees half of it. Several processes may add to one table: each puts its own rows
+    into what the others have written by then.
     """
 
     def __init__(self, path: Path, classes: Sequence[str], model_digest: str) -> None:
-        """Take over the rows that are there.
+        """Look at the rows that are there, which stay.
 
         Raises:
             InputError: they are of another model, or the file cannot be read.
@@ -85,7 +94,8 @@ class PredictionsFile:
         self._digest = model_digest
         shares = [f"prob_{name}" for name in classes]
         self._columns = ["slide_id", "prediction", *shares, "entropy", "disagreement", "tiles", "model"]
-        self._rows = {row["slide_id"]: row for row in self._read()}
+        self._own: dict[str, dict[str, str]] = {}
+        self._read()
         self._written = time.monotonic()
 
     def add(self, result: SlideClass) -> None:
@@ -93,7 +103,7 @@ class PredictionsFile:
         if result.status != "done":
             return
         numbers = {f"prob_{name}": repr(value) for name, value in result.probabilities.items()}
-        self._rows[result.slide_id] = numbers | {
+        self._own[result.slide_id] = numbers | {
             "slide_id": result.slide_id,
             "prediction": result.prediction,
             "entropy": repr(result.entropy),
@@ -105,35 +115,49 @@ class PredictionsFile:
             self.write()
 
     def write(self) -> None:
-        """Replace the file, slides in the order in which they first came.
+        """Put this process's rows into the file, slides in the order in which they first came.
 
         Raises:
-            InputError: it cannot be written.
+            InputError: it cannot be written, or holds predictions of another model by now.
         """
-        draft = self._path.with_name(f".{self._path.name}.{os.getpid()}")
         try:
-            with open(draft, "w", newline="", encoding="utf-8") as stream:
-                writer = csv.DictWriter(stream, self._columns, lineterminator="\n")
+            with ExitStack() as stack:
+                self._hold(stack)
+                text = io.StringIO(newline="")
+                writer = csv.DictWriter(text, self._columns, lineterminator="\n")
                 writer.writeheader()
-                writer.writerows(self._rows.values())
-            os.replace(draft, self._path)
+                writer.writerows((self._read() | self._own).values())
+                write_file(self._path, text.getvalue().encode())
         except OSError as error:
             raise InputError(f"cannot write {self._path}: {error.strerror or error}") from error
-        finally:
-            draft.unlink(missing_ok=True)
+        except StoreError as error:
+            raise InputError(f"cannot write {self._path}: {error}") from error
         self._written = time.monotonic()
 
-    def _read(self) -> list[dict[str, str]]:
+    def _hold(self, stack: ExitStack) -> None:
+        """Keep other processes from writing for as long as the stack lives; waits for the one that does."""
+        last = time.monotonic() + WAIT_SECONDS
+        while True:
+            try:
+                stack.enter_context(hold_lease(self._path.with_name(f".{self._path.stem}.lease"), "predictions"))
+                return
+            except BusyError:
+                if time.monotonic() > last:
+                    raise
+                time.sleep(_LOOK_SECONDS)
+
+    def _read(self) -> dict[str, dict[str, str]]:
+        """The rows that are there, by slide."""
         try:
             with open(self._path, newline="", encoding="utf-8") as stream:
                 reader = csv.DictReader(stream)
                 rows = list(reader)
         except FileNotFoundError:
-            return []
+            return {}
         except (OSError, UnicodeDecodeError, csv.Error) as error:
             raise InputError(f"cannot read {self._path} ({error}): delete it, or choose another folder") from error
         if reader.fieldnames != self._columns or any(row["model"] != self._digest for row in rows):
             raise InputError(
                 f"{self._path} holds predictions of another model: choose another output folder, or delete that file"
             )
-        return rows
+        return {row["slide_id"]: row for row in rows}

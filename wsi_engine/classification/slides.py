@@ -37,10 +37,12 @@ from wsi_engine.classification.targets import (
     extract_missing,
     find_targets,
 )
-from wsi_engine.cluster.session import Cluster, open_session
+from wsi_engine.cluster.session import Cluster, Session, open_session
 from wsi_engine.errors import MismatchError, ModelError, WsiError
 from wsi_engine.extraction import Progress
 from wsi_engine.failures import record_outcome
+from wsi_engine.memory import explain_memory
+from wsi_engine.places import as_place
 from wsi_engine.store import FeatureStore
 from wsi_engine.workers import usable_cores
 
@@ -91,7 +93,7 @@ def classify(
         model: folder of ``wsi train``, one head file of it, or a loaded
             :class:`~wsi_engine.classification.ensemble.Ensemble`.
         out: folder of the results, made if it is not there.
-        features: folder of the slides' stores; None for ``<out>/features``.
+        features: folder of the slides' stores, or its URL; None for ``<out>/features``.
         weights: the encoder's weights where features are missing, as for :func:`~wsi_engine.extraction.extract`; they
             must be those of the training set.
         slide_mpp: micrometres per level-0 pixel, for slides whose header has none or a wrong one.
@@ -115,7 +117,7 @@ def classify(
     """
     settings = settings or ExplainSettings()
     folder = Path(out)
-    stores = Path(features) if features is not None else folder / "features"
+    stores = as_place(features) if features is not None else folder / "features"
     targets = find_targets(slides, stores, slide_mpp)
     if cluster is not None and isinstance(model, Ensemble):
         raise ModelError("a model that is loaded cannot go to a cluster; give the folder of its run")
@@ -132,18 +134,32 @@ def classify(
         if session is None or isinstance(model, Ensemble):
             ended = _classify_all(targets, failures, ensemble, folder, settings)
         else:
-            from wsi_engine.classification.distribution import (  # noqa: PLC0415 - it needs this module
-                EnsemblePlan,
-                classify_on_cluster,
-            )
-
-            plan = EnsemblePlan(os.path.abspath(model), ensemble.digest, device, ensemble.precision)
-            ended = classify_on_cluster(targets, failures, plan, folder, settings, session)
+            ended = _classify_elsewhere(targets, failures, model, ensemble, device, folder, settings, session)
         results = _keep_all(ended, targets, ensemble, table, progress)
     return ClassifyReport(
         ensemble.name, ensemble.digest, ensemble.classes, ensemble.folds, ensemble.precision, tuple(results),
         time.perf_counter() - start,
     )  # fmt: skip
+
+
+def _classify_elsewhere(
+    targets: Sequence[Target],
+    failures: dict[str, str],
+    model: str | os.PathLike[str],
+    ensemble: Ensemble,
+    device: str,
+    out: Path,
+    settings: ExplainSettings,
+    session: Session,
+) -> Iterator[SlideClass]:
+    """How each slide ended, in order, on a cluster whose workers load the model as ``ensemble`` was."""
+    from wsi_engine.classification.distribution import (  # noqa: PLC0415 - it needs this module
+        EnsemblePlan,
+        classify_on_cluster,
+    )
+
+    plan = EnsemblePlan(os.path.abspath(model), ensemble.digest, device, ensemble.precision)
+    return classify_on_cluster(targets, failures, plan, out, settings, session)
 
 
 def _keep_all(
@@ -171,7 +187,7 @@ def _keep_all(
 
 def classify_target(target: Target, model: Ensemble, out: Path, settings: ExplainSettings) -> SlideClass:
     """Classify and explain one slide whose features are there; what goes wrong is in the result."""
-    loaded = _or_message(lambda: _load_features(target, model.sources))
+    loaded = _or_message(target, lambda: _load_features(target, model.sources))
     prediction = loaded if isinstance(loaded, str) else _predict(target, loaded, model)
     return _finish(target, prediction, model, out, settings)
 
@@ -197,7 +213,7 @@ def _classify_all(
         def load(target: Target) -> _Loaded | str:
             if target.slide_id in failures:
                 return failures[target.slide_id]
-            return _or_message(lambda: _load_features(target, model.sources))
+            return _or_message(target, lambda: _load_features(target, model.sources))
 
         waiting: deque[Future[SlideClass]] = deque()
         for target, loaded in _run_ahead(readers, load, targets, _LOADED_AHEAD):
@@ -210,7 +226,7 @@ def _classify_all(
 
 
 def _predict(target: Target, loaded: _Loaded, model: Ensemble) -> Prediction | str:
-    return _or_message(lambda: model.predict(loaded.features, loaded.grid_digest, target.slide_id))
+    return _or_message(target, lambda: model.predict(loaded.features, loaded.grid_digest, target.slide_id))
 
 
 def _finish(
@@ -219,7 +235,9 @@ def _finish(
     """Explain a prediction and put both together; a text in its place is why there is none."""
     if isinstance(prediction, str):
         return SlideClass(target.slide_id, "failed", prediction)
-    explained: Explained | str = _or_message(lambda: explain_prediction(target, prediction, model, out, settings))
+    explained: Explained | str = _or_message(
+        target, lambda: explain_prediction(target, prediction, model, out, settings)
+    )
     if isinstance(explained, str):
         return SlideClass(target.slide_id, "failed", explained)
     probabilities = dict(zip(prediction.classes, map(float, prediction.probabilities), strict=True))
@@ -248,10 +266,11 @@ def _load_features(target: Target, sources: Sequence[FeatureSource]) -> _Loaded:
     return _Loaded(tuple(found), digests[0])
 
 
-def _or_message(work: Callable[[], R]) -> R | str:
-    """What the work returns, or the sentence of the engine's error that it ended in."""
+def _or_message(target: Target, work: Callable[[], R]) -> R | str:
+    """What the work on a slide returns, or the sentence of the engine's error that it ended in."""
     try:
-        return work()
+        with explain_memory(ModelError, f"{target.slide_id} does not fit in memory: end what else runs there"):
+            return work()
     except WsiError as error:
         return str(error)
 

@@ -17,7 +17,8 @@ from wsi_engine.errors import EncoderError, InputError, ModelError, StoreError, 
 from wsi_engine.extraction import Progress, extract_sources
 from wsi_engine.grid import GridSettings
 from wsi_engine.inputs import SlideInput, SlideSource, check_slide_id, find_slides
-from wsi_engine.jobs import ExtractSettings
+from wsi_engine.jobs import ExtractSettings, SlideResult
+from wsi_engine.places import Place, as_place, list_stores, make_folder
 from wsi_engine.remote import RemoteEncoder
 from wsi_engine.runs import FeatureOrigin
 from wsi_engine.store import FeatureStore, features_key
@@ -32,7 +33,7 @@ class Target:
     """One slide to classify: where its features are or will be, and the slide itself where it is at hand."""
 
     slide_id: str
-    store: Path
+    store: Place
     slide: SlideSource | None = None
 
 
@@ -65,13 +66,13 @@ class ExtractOptions:
 
 
 def find_targets(
-    sources: CaseSource | Iterable[CaseSource], features: Path, slide_mpp: float | None = None
+    sources: CaseSource | Iterable[CaseSource], features: Place, slide_mpp: float | None = None
 ) -> list[Target]:
     """List the slides that are named, in the order given.
 
-    A path ending in ``.zarr`` is a store, and so is each one in a folder that holds any; other folders, files and URLs
-    are slides, whose features are ``<features>/<slide_id>.zarr``. A CSV has a column ``slide`` or, for slides that are
-    not at hand, ``slide_id``.
+    A path or URL ending in ``.zarr`` is a store, and so is each one in a folder that holds any; other folders, files
+    and URLs are slides, whose features are ``<features>/<slide_id>.zarr``. A CSV has a column ``slide`` or, for slides
+    that are not at hand, ``slide_id``.
 
     Args:
         sources: what the user named.
@@ -89,11 +90,11 @@ def find_targets(
             (slide,) = find_slides([source], slide_mpp)
             targets.append(Target(slide.slide_id, features / f"{slide.slide_id}.zarr", slide))
             continue
-        path = Path(source.path) if isinstance(source, FeatureStore) else Path(os.fspath(source))
+        path = source.place if isinstance(source, FeatureStore) else as_place(source)
         if path.suffix == ".zarr":
             targets.append(_from_store(path))
-        elif path.is_dir() and any(path.glob("*.zarr")):
-            targets += [_from_store(store) for store in sorted(path.glob("*.zarr"))]
+        elif stores := list_stores(path):
+            targets += [_from_store(store) for store in stores]
         elif path.suffix.lower() == ".csv" and "slide" not in (roster := Roster.read(path)).columns:
             targets += [Target(row.slide_id, features / f"{row.slide_id}.zarr") for row in roster]
         else:
@@ -108,7 +109,7 @@ def find_targets(
 
 def extract_missing(
     targets: Sequence[Target],
-    features: Path,
+    features: Place,
     sources: Sequence[FeatureSource],
     options: ExtractOptions,
     progress: Progress | None = None,
@@ -131,6 +132,8 @@ def extract_missing(
     rounds = _Rounds(progress, sum(map(len, missing.values()))) if progress else None
     failures: dict[str, str] = {}
     for source, lacking in missing.items():
+        if rounds:
+            rounds.leave_out(one.slide for one in lacking if one.slide and one.slide_id in failures)
         slides = [target.slide for target in lacking if target.slide and target.slide_id not in failures]
         if slides:
             failures |= _extract(slides, features, source, options, rounds, session)
@@ -138,7 +141,11 @@ def extract_missing(
 
 
 class _Rounds:
-    """A progress that is told of several extractions as of one."""
+    """A progress that is told of several extractions as of one.
+
+    A slide that failed in one is left out of those that follow, and ends there, too: each slide ends as often as
+    there are extractions of it, so that what was announced is what ends.
+    """
 
     def __init__(self, progress: Progress, slides: int) -> None:
         self._slides, self._begun = slides, False
@@ -153,10 +160,17 @@ class _Rounds:
             self._told.run_started(self._slides)
         self._begun = True
 
+    def leave_out(self, slides: Iterable[SlideSource]) -> None:
+        """These failed before, and are not tried again."""
+        for slide in slides:
+            self._told.slide_finished(
+                SlideResult(slide.slide_id, slide.path, "failed", message="left out, for it failed before")
+            )
+
 
 def _extract(
     slides: Sequence[SlideSource],
-    features: Path,
+    features: Place,
     source: FeatureSource,
     options: ExtractOptions,
     progress: Progress | None,
@@ -164,10 +178,7 @@ def _extract(
 ) -> dict[str, str]:
     """Extract features of one kind, here or on a cluster; by slide id, why a slide has none even now."""
     encoder, model = _load_encoder(source, options, session), source.origin
-    try:
-        features.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot write to the folder of features {features}: {error.strerror or error}") from error
+    make_folder(features)
     stride = None if model.stride_px == model.tile_px else model.stride_px
     settings = ExtractSettings(
         GridSettings(model.mpp, model.tile_px, stride, source.min_tissue), source.tissue,
@@ -217,7 +228,7 @@ def _make_encoder(
     return plan.create() if session is None else find_encoder(session, plan)
 
 
-def _lacks(store: Path, encoder: str) -> bool:
+def _lacks(store: Place, encoder: str) -> bool:
     """Whether features of the encoder are still to be made; a damaged store is left for its reader to complain of."""
     if not store.exists():
         return True
@@ -227,7 +238,7 @@ def _lacks(store: Path, encoder: str) -> bool:
         return False
 
 
-def _from_store(path: Path) -> Target:
+def _from_store(path: Place) -> Target:
     return Target(check_slide_id(path.stem, str(path)), path)
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import logging
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Literal
 
 import numpy as np
@@ -27,7 +27,7 @@ from wsi_engine.encoders.precision import (
 )
 from wsi_engine.encoders.weights import digest_state, load_backbone
 from wsi_engine.errors import EncoderError, SettingsError
-from wsi_engine.memory import keep_freed_memory
+from wsi_engine.memory import explain_memory, keep_freed_memory
 from wsi_engine.workers import usable_cores
 
 log = logging.getLogger("wsi_engine")
@@ -210,17 +210,9 @@ class DeepEncoder:
             size = f"{pixels.shape[2]} × {pixels.shape[1]}"
             raise SettingsError(f"encoder {self._card.name} takes square tiles, not tiles of {size} px")
 
-    @contextmanager
-    def _explain_memory(self, what: str) -> Iterator[None]:
+    def _explain_memory(self, what: str) -> AbstractContextManager[None]:
         """Turn a device out of memory into one sentence."""
-        try:
-            yield
-        except (torch.OutOfMemoryError, MemoryError) as error:
-            raise EncoderError(f"{what}; use a smaller batch, a smaller encoder or another device") from error
-        except RuntimeError as error:
-            if "allocate memory" not in str(error):
-                raise
-            raise EncoderError(f"{what}; use a smaller batch, a smaller encoder or another device") from error
+        return explain_memory(EncoderError, f"{what}; use a smaller batch, a smaller encoder or another device")
 
 
 def resize_tiles(tiles: Tensor, side: int, filter_name: Literal["bilinear", "bicubic"]) -> Tensor:

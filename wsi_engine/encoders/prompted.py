@@ -118,7 +118,7 @@ def tune_backbone(backbone: nn.Module, blocks: int | None) -> nn.Module:
     """
     network = cast(Any, backbone).network
     layers = getattr(network, "blocks", None)
-    if layers is None:
+    if layers is None or not hasattr(network, "norm"):  # stages of a convolutional network may be called blocks too
         raise EncoderError(
             f"fine-tuning needs a vision transformer, and {type(network).__name__} is none; choose an encoder such as "
             "vit_small_patch16_224"
@@ -159,7 +159,7 @@ def read_tuned_card(file: str | os.PathLike[str]) -> dict[str, Any]:
     """
     try:
         source = PROMPT_FILE.find(file)
-        _, tuned = TUNED_FILE.read(source)
+        tuned = TUNED_FILE.find_card(source)
         return tuned if tuned is not None else PROMPT_FILE.read_card(source)
     except PromptError as error:
         raise EncoderError(str(error)) from error
@@ -180,7 +180,13 @@ def check_tuned(file: str | os.PathLike[str], name: str | None, mpp: float, tile
     Raises:
         EncoderError: it is no such file, or made for another encoder.
     """
-    card = read_tuned_card(file)
+    return _check_card(read_tuned_card(file), file, name, mpp, tile_px)
+
+
+def _check_card(
+    card: Mapping[str, Any], file: str | os.PathLike[str], name: str | None, mpp: float, tile_px: int
+) -> str | None:
+    """As :func:`check_tuned`, of a card that is read."""
     own = card.get("encoder")
     if not isinstance(own, str):
         raise EncoderError(f"{file} does not name its encoder; give a file that wsi train prompt wrote")
@@ -217,7 +223,7 @@ def create_tuned_encoder(
         WeightsError: the weights are missing, unreadable or of the wrong shape.
     """
     card = read_tuned_card(file)
-    check_tuned(file, name, card.get("mpp", 0.0), card.get("tile_px", 0))
+    _check_card(card, file, name, card.get("mpp", 0.0), card.get("tile_px", 0))
     described = describe_encoder(card["encoder"])
     if "prompts" in card:
         return PromptedEncoder(described, file, weights, device, precision, tiles)

@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from wsi_engine.errors import ModelError, SettingsError
+from wsi_engine.memory import explain_memory
 from wsi_engine.models import Head, HeadError
 from wsi_engine.training.dropout import DropoutSource, cheap_dropout
 from wsi_engine.training.hardware import Hardware, choose_hardware
@@ -33,6 +34,9 @@ if TYPE_CHECKING:
 
 SAVE_SECONDS = 10.0
 """After this time the next end of an epoch is written to the state file."""
+
+_LOADERS = 2
+"""Threads that load features ahead where the settings do not say."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,8 +95,8 @@ def fit_fold(
         watch: measures the memory of every epoch; None: nobody does.
 
     Raises:
-        ModelError: the head cannot be built, a bag does not fit it, a loss is not finite, or the state file is damaged
-            or of another training.
+        ModelError: the head cannot be built, a bag does not fit it, a loss is not finite, memory runs out, or the
+            state file is damaged or of another training.
         SettingsError: there is nothing to train on, or a label is missing.
     """
     settings = settings or TrainSettings()
@@ -103,7 +107,8 @@ def fit_fold(
         raise SettingsError(f"{len(known)} labels do not fit {len(bags)} bags; give one for each")
     titles = names or [f"bag {place}" for place in range(len(bags))]
     hardware = hardware or choose_hardware(settings, plan.name, typical_numbers(bags, fold.train))
-    with hardware.repeatable():
+    too_large = f"fold {number} does not fit in the memory of {hardware.device}: lower --max-tiles or --bags-per-step"
+    with hardware.repeatable(), explain_memory(ModelError, too_large):
         training = FoldTraining(
             bags, known, fold, plan, settings, number, titles, hardware, least_rate=least_rate, watch=watch
         )
@@ -153,21 +158,22 @@ class FoldTraining(FoldLoop):
         super().__init__(self.head, settings, number, hardware, least_rate, watch)
         lowered = hardware.precision.type == "bf16" and self.head.standard is None
         self.fast = KeptBags(LoweredBags(bags) if lowered else bags, memory)
+        self._loaders = settings.workers or _LOADERS
 
     def prepare(self) -> None:
         """Fit what standardises features."""
-        fit_standard(self.head, self.bags, self.fold.train, self.settings.workers)
+        fit_standard(self.head, self.bags, self.fold.train, self._loaders)
 
     def predict(self, places: Sequence[int]) -> NDArray[np.float64]:
         """Probabilities float64 (n, C) of some slides."""
-        return predict_bags(self.head, self.bags, places, self.hardware, self.names, self.settings.workers)
+        return predict_bags(self.head, self.bags, places, self.hardware, self.names, self._loaders)
 
     def validate(self) -> float | None:
         """Mean bag loss of the validation slides."""
         if not self.fold.validation:
             return None
         return mean_bag_loss(
-            self.head, self.fast, self.fold.validation, self.labels, self.hardware, self.names, self.settings.workers
+            self.head, self.fast, self.fold.validation, self.labels, self.hardware, self.names, self._loaders
         )
 
     def train_epoch(self, epoch: int) -> float:
@@ -187,7 +193,7 @@ class FoldTraining(FoldLoop):
         order = draw_slides(self.fold.train, self.labels, self.settings.balanced, streams[Stream.SLIDES])
         losses: list[float] = []
         step: list[tuple[int, Tensor]] = []
-        with closing(prefetch(self.fast, order, self.settings.workers)) as ahead:
+        with closing(prefetch(self.fast, order, self._loaders)) as ahead:
             for place, features in ahead:
                 tiles = draw_tiles(features, self.settings, streams[Stream.TILES])
                 step.append((place, to_tensor(tiles, self.hardware.device)))
@@ -220,7 +226,9 @@ class FoldTraining(FoldLoop):
 
     def describe(self) -> dict[str, Any]:
         """What decides the result: plain values."""
-        settings = {**asdict(self.settings), "workers": None, "device": str(self.hardware.device)}
+        settings = {**asdict(self.settings), "device": str(self.hardware.device)}
+        for name in ("workers", "keep_share"):  # of threads and memory alone; the second of prompts' settings only
+            settings.pop(name, None)
         plan = {**asdict(self.plan), "options": self.plan.all_options()}
         values = {
             "settings": settings,

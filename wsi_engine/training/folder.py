@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -43,6 +43,34 @@ def hold_run(run: RunFolder) -> Iterator[Lease]:
         yield lease
 
 
+def check_run(run: RunFolder, record: RunRecord, unknown: Collection[str] = ()) -> RunRecord | None:
+    """The record of a folder, checked to be of the same run as the one given; None where there is none.
+
+    Args:
+        run: the folder.
+        record: what is asked now.
+        unknown: what is not compared, since it is not known yet: ``classes``, ``setting precision`` …, as messages
+            name it.
+
+    Raises:
+        ModelError: the folder holds a run with other settings, and the message says what differs; or folds without a
+            ``run.json``.
+    """
+    if not run.record_file.exists():
+        if any(run.path.glob("fold-*")):  # heads of who knows what
+            raise ModelError(f"{run.path} holds folds of a run but no run.json: choose another folder, or empty it")
+        return None
+    before = run.read_record()
+    old, new = _flatten(before), _flatten(record)
+    for name in dict.fromkeys([*new, *old]):
+        if name not in unknown and old.get(name) != new.get(name):
+            raise ModelError(
+                f"{run.path} holds a run with another {name} ({old.get(name)}, now {new.get(name)}): choose another "
+                "folder, or repeat the command as it was"
+            )
+    return before
+
+
 def begin_run(run: RunFolder, record: RunRecord, splits: str) -> RunRecord:
     """Write ``run.json`` and ``splits.csv``, or check that those there are the same; the record that then counts.
 
@@ -50,20 +78,11 @@ def begin_run(run: RunFolder, record: RunRecord, splits: str) -> RunRecord:
         ModelError: the folder holds a run with other settings or slides, and the message says what differs; or folds
             without a ``run.json``.
     """
-    if not run.record_file.exists():
-        if any(run.path.glob("fold-*")):  # heads of who knows what
-            raise ModelError(f"{run.path} holds folds of a run but no run.json: choose another folder, or empty it")
+    before = check_run(run, record)
+    if before is None:
         write_text(run.splits_file, splits)
         run.write_record(record)
         return record
-    before = run.read_record()
-    old, new = _flatten(before), _flatten(record)
-    for name in dict.fromkeys([*new, *old]):
-        if old.get(name) != new.get(name):
-            raise ModelError(
-                f"{run.path} holds a run with another {name} ({old.get(name)}, now {new.get(name)}): choose another "
-                "folder, or repeat the command as it was"
-            )
     try:
         same = run.splits_file.read_text(encoding="utf-8") == splits
     except FileNotFoundError:

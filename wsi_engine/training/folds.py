@@ -94,7 +94,7 @@ class FoldsRun:
         self.test = read_predictions(run.predictions_file, training, [fold.test for fold in folds])
 
     def train(self, progress: TrainProgress | None) -> TrainReport:
-        """Every fold that is not done yet; ``complete`` is set last."""
+        """Every fold that is not done yet; ``complete`` is set last, and taken back while a lost fold is made again."""
         warnings = list(self.training.warnings)
         for number, fold in enumerate(self.folds):
             warnings += fold_warnings(fold, number)
@@ -106,6 +106,7 @@ class FoldsRun:
         for number in range(len(self.folds)):
             resumed = self._is_done(number)
             if not resumed:
+                self._reopen()
                 self._fit(number, progress)
             summaries.append(self._summarise(number))
             if progress:
@@ -122,6 +123,13 @@ class FoldsRun:
             self._check_lease()
             self.run.write_record(self.record)
         return TrainReport(self.run.path, self.record, tuple(summaries), tuple(warnings))
+
+    def _reopen(self) -> None:
+        """A run that was finished is so no longer: its summary and digests are of a fold that is trained again."""
+        if self.record.complete:
+            self._check_lease()
+            self.record = replace(self.record, complete=False, summary={})
+            self.run.write_record(self.record)
 
     def _is_done(self, number: int) -> bool:
         """Whether a fold has its head and its predictions, and nothing is left to go on from."""

@@ -12,12 +12,9 @@ import torch
 
 from wsi_engine.encoders.precision import Precision, arithmetic, choose_precision
 from wsi_engine.memory import keep_freed_memory
+from wsi_engine.models.heads import head_lowers
 from wsi_engine.training.settings import TrainSettings
 from wsi_engine.workers import usable_cores
-
-LOWERED_HEADS = ("clam_sb", "clam_mb", "abmil")
-"""Heads that ``auto`` may train in bf16. DSMIL picks one critical tile, which rounding can change, TransMIL's
-pseudo-inverse amplifies rounding, and the mean has nothing to gain."""
 
 LEAST_NUMBERS = 2**17
 """Numbers in a bag (tiles × dim) from which bf16 and threads pay; below, converting and sharing cost more."""
@@ -84,5 +81,5 @@ def choose_hardware(settings: TrainSettings, head: str, numbers: float) -> Hardw
     if settings.precision != "auto":
         return Hardware(device, choose_precision(settings.precision, device), threads)
     best = choose_precision("auto", device)
-    gains = best.type == "bf16" and head in LOWERED_HEADS and numbers >= LEAST_NUMBERS
+    gains = best.type == "bf16" and head_lowers(head) and numbers >= LEAST_NUMBERS
     return Hardware(device, best if gains else Precision("fp32"), threads)

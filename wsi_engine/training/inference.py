@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -27,6 +27,14 @@ _SERIAL = 2**15
 
 _ROWS = 4096
 """Tiles turned into float64 at a time for mean and spread."""
+
+
+@runtime_checkable
+class SelfLoading(Protocol):
+    """Bags that know best how they are loaded ahead."""
+
+    def load_ahead(self, places: Sequence[int]) -> Generator[tuple[int, NDArray[Any]]]:
+        """Places and bags in the order asked for."""
 
 
 class LoweredBags(PassedBags):
@@ -56,18 +64,18 @@ def to_tensor(features: NDArray[Any], device: torch.device) -> Tensor:
 
 
 def _load_bags(bags: BagSource, places: Sequence[int], workers: int) -> Generator[tuple[int, NDArray[Any]]]:
-    """Places and bags in their order, loaded ahead by threads; by none, where loading is the caller's own work."""
+    """Places and bags in their order, loaded ahead as the bags do it themselves, or by so many threads."""
     from wsi_engine.bags import prefetch  # noqa: PLC0415
 
-    if workers == 0:
-        return ((place, bags.load(place)) for place in places)
+    if isinstance(bags, SelfLoading):
+        return bags.load_ahead(places)
     return prefetch(bags, places, workers)
 
 
 def run_head(
     head: Head, bags: BagSource, places: Sequence[int], hardware: Hardware, names: Sequence[str], workers: int
 ) -> Iterator[tuple[int, HeadOutput]]:
-    """What a head in eval mode says of each bag, one after the other; ``workers`` threads load ahead (0: none).
+    """What a head in eval mode says of each bag, one after the other; ``workers`` threads load ahead.
 
     Raises:
         ModelError: a bag does not fit the head; the message names its slide.

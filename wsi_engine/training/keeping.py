@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import threading
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
+
+from wsi_engine.memory import available_memory
 
 if TYPE_CHECKING:
     from wsi_engine.bags import BagSource
@@ -60,31 +60,3 @@ class KeptBags(PassedBags):
                 self._kept[place] = features
                 self._left -= features.nbytes
         return features
-
-
-def available_memory() -> int:
-    """Bytes that can be had without swapping: the least of what the system and the control group leave."""
-    free = [_system_memory()]
-    root = Path("/sys/fs/cgroup")
-    for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
-        try:
-            free.append(int((root / limit).read_text()) - int((root / used).read_text()))
-        except (OSError, ValueError):  # another version, or "max": no limit
-            continue
-    return max(0, min(free))
-
-
-def _system_memory() -> int:
-    try:
-        for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except (OSError, ValueError, IndexError):
-        pass
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    except (OSError, ValueError, AttributeError):
-        return 4 * 2**30

@@ -61,7 +61,7 @@ class FoldLoop(ABC):
 
     @abstractmethod
     def describe(self) -> Mapping[str, Any]:
-        """What decides the result beside settings and fold: plain values."""
+        """What decides the result beside where the learning rate ends: plain values."""
 
     def prepare(self) -> None:  # noqa: B027 - most have nothing to get ready
         """Get ready before the first epoch; not where a state file is gone on from."""
@@ -134,7 +134,7 @@ class FoldLoop(ABC):
 
     @cached_property
     def _identity(self) -> dict[str, Any]:
-        return dict(self.describe())
+        return {**self.describe(), "least_rate": self._least_rate}
 
     def _restore(self, state_file: Path) -> bool:
         """Go on from a state file; False where there is none."""

@@ -22,6 +22,7 @@ from wsi_engine.encoders.deep import DeepEncoder
 from wsi_engine.encoders.precision import TYPES
 from wsi_engine.encoders.prompted import tune_backbone
 from wsi_engine.errors import EncoderError, ModelError
+from wsi_engine.memory import explain_memory
 from wsi_engine.models import HeadError
 from wsi_engine.models.prompt import PromptedViT, PromptError
 from wsi_engine.models.prompt_gradients import bag_backward
@@ -114,10 +115,11 @@ def fit_prompts(
         told: called after every epoch.
 
     Raises:
-        ModelError: a loss is not finite, or the state file is damaged or of another training.
+        ModelError: a loss is not finite, memory runs out, or the state file is damaged or of another training.
         SlideError: a slide cannot be read.
     """
-    with task.hardware.repeatable():
+    too_large = f"fold {number} does not fit in the memory of {task.hardware.device}: lower --chunk or --max-tiles"
+    with task.hardware.repeatable(), explain_memory(ModelError, too_large):
         training = PromptTraining(task, fold, number)
         training.run(state_file, told, heads.SAVE_SECONDS)
         validation, test = (training.predict(places) for places in (fold.validation, fold.test))
@@ -148,12 +150,12 @@ class PromptTraining(FoldLoop):
     def prepare(self) -> None:
         """Fit what standardises features, on those of the encoder as it is at the start."""
         self.encoder.eval()
-        fit_standard(self.head, self.bags, self.fold.train, workers=0)
+        fit_standard(self.head, self.bags, self.fold.train)
 
     def predict(self, places: Sequence[int]) -> NDArray[np.float64]:
         """Probabilities float64 (n, C) of some slides."""
         self.encoder.eval()
-        return predict_bags(self.head, self.bags, places, self.hardware, self.task.names, workers=0)
+        return predict_bags(self.head, self.bags, places, self.hardware, self.task.names)
 
     def validate(self) -> float | None:
         """Mean bag loss of the validation slides."""
@@ -161,7 +163,7 @@ class PromptTraining(FoldLoop):
             return None
         self.encoder.eval()
         return mean_bag_loss(
-            self.head, self.bags, self.fold.validation, self.task.labels, self.hardware, self.task.names, workers=0
+            self.head, self.bags, self.fold.validation, self.task.labels, self.hardware, self.task.names
         )
 
     def train_epoch(self, epoch: int) -> float:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, get_args
 
+from wsi_engine.checks import check_choice, check_count, check_number
 from wsi_engine.errors import SettingsError
 from wsi_engine.training.settings import TrainSettings
 
@@ -30,15 +30,14 @@ class Tuning:
     tune_blocks: int | None = None
 
     def __post_init__(self) -> None:
-        if self.mode not in get_args(Mode):
-            raise SettingsError(f"mode {self.mode!r} is unknown; use one of {', '.join(get_args(Mode))}")
-        _check_count("prompts", self.prompts, 1)
+        check_choice("mode", self.mode, get_args(Mode))
+        check_count("prompts", self.prompts, 1)
         if not isinstance(self.deep, bool):
             raise SettingsError(f"deep must be True or False, not {self.deep!r}")
         if self.deep and self.mode != "prompt":
             raise SettingsError(f"deep is about prompts, and the mode is {self.mode}: leave one of them out")
         if self.tune_blocks is not None:
-            _check_count("tune_blocks", self.tune_blocks, 1)
+            check_count("tune_blocks", self.tune_blocks, 1)
             if self.mode != "finetune":
                 raise SettingsError(
                     f"tune_blocks is for the mode finetune, and the mode is {self.mode}: leave one of them out"
@@ -54,6 +53,8 @@ class PromptSettings(TrainSettings):
         chunk: tiles that go through the encoder at a time.
         augment: turn and mirror each tile at random in every training step.
         keep_share: share of the available memory that pixels may take from one epoch to the next, 0 to 1.
+        workers: threads that decode slides, None for the usable cores; in the conventional mode they load features
+            ahead too, None for two then.
     """
 
     epochs: int = 40
@@ -66,20 +67,15 @@ class PromptSettings(TrainSettings):
     chunk: int = 32
     augment: bool = False
     keep_share: float = 0.25
+    workers: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_count("chunk", self.chunk, 1)
+        check_count("chunk", self.chunk, 1)
         for name, most in (("least_rate", self.learning_rate), ("keep_share", 1.0)):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-                raise SettingsError(f"{name} must be a number, not {value!r}")
-            if not 0 <= value <= most:
-                raise SettingsError(f"{name} must be within 0 and {most:g}, not {value!r}")
+            check_number(name, value)
+            if value > most:
+                raise SettingsError(f"{name} must be at most {most:g}, not {value!r}")
         if not isinstance(self.augment, bool):
             raise SettingsError(f"augment must be True or False, not {self.augment!r}")
-
-
-def _check_count(name: str, value: object, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise SettingsError(f"{name} must be a whole number of at least {least}, not {value!r}")

@@ -18,7 +18,8 @@ from wsi_engine.inputs import SlideSource
 from wsi_engine.jobs import ExtractSettings, open_store
 from wsi_engine.runs import FeatureOrigin
 from wsi_engine.slide import open_slide
-from wsi_engine.store import FeatureStore, SlideRecord
+from wsi_engine.slide_record import SlideRecord
+from wsi_engine.store import FeatureStore
 from wsi_engine.workers import usable_cores
 
 

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from wsi_engine.bags import prefetch
 from wsi_engine.grid import TileGrid
 from wsi_engine.inputs import SlideSource
+from wsi_engine.memory import available_memory
 from wsi_engine.models.prompt_gradients import encode_bag
 from wsi_engine.slide import open_slide
 from wsi_engine.stream import stream_tiles
-from wsi_engine.training.keeping import available_memory
 
 Request: TypeAlias = tuple[int, "NDArray[np.int64] | None"]
 """Place of a slide, and which rows of its grid; None for all."""
@@ -150,10 +150,18 @@ class EncodedBags:
 
     def load(self, place: int) -> NDArray[np.float32]:
         """Features float32 (N, dim) of a slide."""
+        return self._encode(self.slides.read(place))
+
+    def load_ahead(self, places: Sequence[int]) -> Generator[tuple[int, NDArray[np.float32]]]:
+        """Places and features in the order asked for; the next slide is decoded while one is encoded."""
+        with closing(read_ahead(self.slides, [(place, None) for place in places])) as ahead:
+            for place, pixels in ahead:
+                yield place, self._encode(pixels)
+
+    def _encode(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         features = encode_bag(
-            self.encoder, self.slides.read(place), device=self.device, prepare=self.prepare, chunk=self.chunk,
-            autocast=self.autocast,
-        )  # fmt: skip
+            self.encoder, pixels, device=self.device, prepare=self.prepare, chunk=self.chunk, autocast=self.autocast
+        )
         found: NDArray[np.float32] = features.float().cpu().numpy()
         return found
 

@@ -75,7 +75,7 @@ def train_head(
         >>> report = train_head("cohort.csv", "features", "subtype", "runs/a", head="abmil")  # doctest: +SKIP
     """
     splits, settings = splits or SplitSettings(), settings or TrainSettings()
-    training = prepare_training_set(cohort, Path(features), label, encoder, splits)
+    training = prepare_training_set(cohort, features, label, encoder, splits)
     folds = split_cohort(training, splits)
     plan = HeadPlan(head, training.origin.dim, len(training.classes), dict(options or {}))
     bags = StoredBags(training.stores, training.origin.encoder)

@@ -33,7 +33,7 @@ class TrainSettings:
             enough to gain from it.
         device: ``auto`` (a CUDA device where there is one), or a device by torch's name.
         seed: everything random follows from it and the number of the fold.
-        workers: threads that load features ahead; results do not depend on them.
+        workers: threads that load features ahead, None for two; results do not depend on them.
     """
 
     epochs: int = 200
@@ -50,15 +50,16 @@ class TrainSettings:
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     device: str = "auto"
     seed: int = 0
-    workers: int = 2
+    workers: int | None = 2
 
     def __post_init__(self) -> None:
         for name, least in (
-            ("epochs", 1), ("patience", 1), ("least_epochs", 0), ("bags_per_step", 1), ("seed", 0), ("workers", 1),
+            ("epochs", 1), ("patience", 1), ("least_epochs", 0), ("bags_per_step", 1), ("seed", 0),
         ):  # fmt: skip
             check_count(name, getattr(self, name), least)
-        if self.max_tiles is not None:
-            check_count("max_tiles", self.max_tiles, 1)
+        for name in ("max_tiles", "workers"):
+            if getattr(self, name) is not None:
+                check_count(name, getattr(self, name), 1)
         check_number("learning_rate", self.learning_rate, above=True)
         check_number("weight_decay", self.weight_decay)
         check_number("tile_dropout", self.tile_dropout)

@@ -16,7 +16,7 @@ from wsi_engine.errors import ModelError
 from wsi_engine.training.optimisation import Standing
 from wsi_engine.training.plan import EpochRecord
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 
 
 @dataclass(frozen=True, eq=False)
