@@ -84,19 +84,16 @@ def _extract(path: str, out: Path, encoder: str, weights: str | None, slide_mpp:
 
 def _extract_resnet(path: str, out: Path, slide_mpp: float | None) -> ExtractReport:
     """ResNet50 with its published weights; with random ones, and said so, where the hub cannot be reached."""
-    from wsi_engine.encoders import create_encoder  # noqa: PLC0415
     from wsi_engine.errors import WeightsError  # noqa: PLC0415
 
-    weights: str | None = None
     try:
-        create_encoder("resnet50")
+        return _extract(path, out, "resnet50", None, slide_mpp)
     except WeightsError:
-        weights = "random:0"
         console.err.print(
             "[yellow]The published weights cannot be fetched here, so ResNet50 runs with random ones (random:0): "
             "the features show speed and layout and mean nothing.[/]"
         )
-    return _extract(path, out, "resnet50", weights, slide_mpp)
+        return _extract(path, out, "resnet50", "random:0", slide_mpp)
 
 
 def _draw_picture(path: str, store: str, out: Path, slide_mpp: float | None) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -22,23 +23,37 @@ def import_(
     ],
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder of the feature stores.", show_default=False)],
     encoder: Annotated[
-        str | None, typer.Option(help="Whose features; needed for clam, which does not record it.", show_default=False)
+        str | None,
+        typer.Option(
+            help="Whose features; needed for clam, which does not record it; not for anndata.", show_default=False
+        ),
     ] = None,
     slide_mpp: Annotated[
         float | None,
         typer.Option(
-            help="Micrometres per level-0 pixel; needed for clam and stamp, which do not record it.",
+            help="Micrometres per level-0 pixel; needed for clam and stamp, which do not record it; for trident the "
+            "true one, and for LazySlide's folders where it did not know.",
             show_default=False,
         ),
     ] = None,
 ) -> None:
     """Read features and coordinates of TRIDENT, CLAM, STAMP, AnnData or SpatialData (LazySlide) into stores."""
-    for path in _import(layout, folder, out, encoder, slide_mpp):
+    from wsi_engine.errors import PartialImportError  # noqa: PLC0415
+
+    try:
+        _print(_import(layout, folder, out, encoder, slide_mpp))
+    except PartialImportError as error:
+        _print(error.done)
+        raise
+
+
+def _print(stores: Sequence[Path]) -> None:
+    for path in stores:
         console.out.print(str(path), markup=False)
 
 
 def _import(layout: Format, folder: Path, out: Path, encoder: str | None, slide_mpp: float | None) -> list[Path]:
-    from wsi_engine.errors import InputError  # noqa: PLC0415
+    from wsi_engine.errors import InputError, SettingsError  # noqa: PLC0415
 
     if layout is Format.trident:
         from wsi_engine.formats.trident import import_trident  # noqa: PLC0415
@@ -57,6 +72,9 @@ def _import(layout: Format, folder: Path, out: Path, encoder: str | None, slide_
     if layout is Format.anndata:
         from wsi_engine.formats.anndata import import_anndata  # noqa: PLC0415
 
+        if encoder is not None or slide_mpp is not None:
+            given = "--encoder" if encoder is not None else "--slide-mpp"
+            raise SettingsError(f"AnnData folders name encoder and scale themselves: leave out {given}")
         return import_anndata(folder, out)
     from wsi_engine.formats.spatialdata import import_spatialdata  # noqa: PLC0415
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from wsi_engine import FeatureStore, TileGrid
 from wsi_engine.encoders.base import EncoderCard
-from wsi_engine.store import SlideRecord
+from wsi_engine.slide_record import SlideRecord
 from wsi_engine.writer import FeatureIdentity, FeatureWriter
 
 

@@ -11,7 +11,7 @@ from support_nuclei import make_nuclei
 from wsi_engine import FeatureStore, TileGrid
 from wsi_engine.encoders.base import EncoderCard
 from wsi_engine.nuclei.keeping import write_nuclei
-from wsi_engine.store import SlideRecord
+from wsi_engine.slide_record import SlideRecord
 from wsi_engine.writer import FeatureIdentity, FeatureWriter
 
 GRID = "256px_0.5mpp_stride192"

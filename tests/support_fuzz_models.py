@@ -126,11 +126,11 @@ def use_checkpoint(given: Path, place: Path) -> None:
     """The engine's ways to a checkpoint: heads of a run, networks for nuclei, weights of an encoder."""
     from wsi_engine.classification.ensemble import load_ensemble
     from wsi_engine.encoders.weights import read_state
-    from wsi_engine.nuclei.methods import load_student
+    from wsi_engine.nuclei.method import create_method
     from wsi_engine.nuclei.scale_method import ScaleMethod
 
     if given.name == "nuclei.safetensors":
-        load_student(given)
+        create_method("student", given, "cpu")
     elif given.name == "scale.safetensors":
         ScaleMethod(given)
     elif given.suffix == ".safetensors":

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from datetime import date
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import numpy as np
 from support_fuzz import Target
 from support_fuzz_models import make_checkpoints, read_checkpoint, spoil_checkpoint, use_checkpoint
 from support_fuzz_slides import make_headers, make_slides, read_header, read_slide, spoil_header, spoil_slide
-from support_mutation import pick, spoil_bytes, spoil_folder, spoil_json_text, spoil_table
+from support_mutation import TEXTS, pick, spoil_bytes, spoil_folder, spoil_json_text, spoil_table
 
 REFUSED_BY_MODELS = ("WsiError", "HeadError", "PromptError", "ScaleAttentionError", "NucleiNetError")
 """Errors of the package of models, which knows nothing of the engine's; the engine turns them into its own."""
@@ -35,16 +37,45 @@ TABLES = {
 }
 
 
-def spoil_csv(sound: Any, place: Path, rng: np.random.Generator) -> Path:
+PARQUET = "cohort.parquet"
+
+COLUMNS: tuple[list[Any], ...] = (
+    [[1, 2], [3], []], [["a"], None, ["b", "c"]], [{"a": 1}, {"a": None}, None], [b"\xff", b"", None], [None] * 3,
+    [True, None, False], [float("nan"), 1e300, float("-inf")], [1, 2, 1 << 62], [date(1970, 1, 1), None, date.max],
+    [Decimal("0.5"), None, Decimal("-1")], ["s1", "s1", "s2"], [0.25, None, 0.5],
+)  # fmt: skip
+"""Columns of three cells that a CSV cannot have, and some that it can."""
+
+
+def spoil_any_table(sound: Any, place: Path, rng: np.random.Generator) -> Path:
     """One of the tables, spoiled."""
-    name = pick(rng, sorted(TABLES))
+    name = pick(rng, [PARQUET, *sorted(TABLES)])
     path: Path = place / name
-    path.write_bytes(spoil_table(TABLES[name], rng))
+    if name == PARQUET:
+        path.write_bytes(spoil_parquet(rng))
+    else:
+        path.write_bytes(spoil_table(TABLES[name], rng))
     return path
 
 
+def spoil_parquet(rng: np.random.Generator) -> bytes:
+    """A cohort in Parquet with odd columns, and an index that may have a name."""
+    import pandas
+
+    columns: dict[str, list[Any]] = {"slide_id": ["s1", "s2", "s3"], "slide": ["a.svs", None, "s3://x/c.svs"]}
+    columns |= {"patient": ["p1", "p2", "p2"], "subtype": ["tumour", "normal", None], "mpp": [0.25, None, 0.5]}
+    for _ in range(int(rng.integers(0, 4))):
+        name = pick(rng, [*columns, *TEXTS])
+        columns[name] = pick(rng, COLUMNS) if rng.random() < 0.6 else [pick(rng, TEXTS) for _ in range(3)]
+    frame = pandas.DataFrame(columns).drop(columns=[pick(rng, list(columns))] if rng.random() < 0.2 else [])
+    if rng.random() < 0.4:
+        frame = frame.set_index(pick(rng, list(frame)), drop=bool(rng.integers(2)))
+    data: bytes = frame.head(int(rng.integers(4))).to_parquet()
+    return spoil_bytes(data, rng) if rng.random() < 0.3 else data
+
+
 def read_table(given: Path, place: Path) -> None:
-    """Every reader of CSV files."""
+    """Every reader of tables."""
     from wsi_engine.cohorts.roster import Roster
     from wsi_engine.evaluation.cases import gather_cases
     from wsi_engine.inputs import find_slides
@@ -53,6 +84,8 @@ def read_table(given: Path, place: Path) -> None:
     (place / "truth.csv").write_text("slide_id,patient,kind\ns1,p1,a\ns2,p2,b\ns3,p3,b\n")
     if given.name == "slides.csv":
         find_slides([given])
+    elif given.name == PARQUET:
+        Roster.read(given).column("subtype")
     elif given.name == "cohort.csv":
         roster = Roster.read(given)
         roster.column("subtype")
@@ -199,7 +232,7 @@ TARGETS: dict[str, Target] = {
     "models": Target(make_checkpoints, spoil_checkpoint, read_checkpoint, REFUSED_BY_MODELS),
     "checkpoints": Target(make_checkpoints, spoil_checkpoint, use_checkpoint),
     "runs": Target(make_run_folder, spoil_run, read_run),
-    "tables": Target(lambda folder: None, spoil_csv, read_table),
+    "tables": Target(lambda folder: None, spoil_any_table, read_table),
     "stores": Target(make_formats, spoil_store, read_store),
     "formats": Target(make_formats, spoil_foreign, read_foreign),
 }

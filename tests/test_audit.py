@@ -22,7 +22,8 @@ from wsi_engine.encoders.base import EncoderCard
 from wsi_engine.errors import InputError
 from wsi_engine.grid import TileGrid
 from wsi_engine.runs import FeatureOrigin
-from wsi_engine.store import FeatureStore, SlideRecord
+from wsi_engine.slide_record import SlideRecord
+from wsi_engine.store import FeatureStore
 from wsi_engine.writer import FeatureIdentity, FeatureWriter, write_features
 
 CARD = EncoderCard("net", "timm", "resnet", 224, 4, "mean", "open", weights="random:0", weights_digest="d" * 64)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import resource
+import signal
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -10,19 +14,22 @@ import pytest
 
 from wsi_engine import FeatureStore, TileGrid
 from wsi_engine.encoders.base import EncoderCard
-from wsi_engine.errors import FormatError, MismatchError, StoreError
+from wsi_engine.errors import FormatError, MismatchError, PartialImportError, StoreError
 from wsi_engine.formats.clam import export_clam, import_clam
 from wsi_engine.formats.trident import export_trident, import_trident
-from wsi_engine.store import SlideRecord
+from wsi_engine.slide_record import SlideRecord
 from wsi_engine.writer import FeatureIdentity, write_features
 
 
-def make_store(path: Path, dtype: str = "float16", n: int = 9) -> FeatureStore:
+def make_store(
+    path: Path, dtype: str = "float16", n: int = 9, name: str = "s1", slide_mpp: float = 0.25, mpp: float = 0.5
+) -> FeatureStore:
     rng = np.random.default_rng(0)
     origins = np.stack([np.arange(n) * 512, np.arange(n) * 7], axis=1).astype(np.int64)
-    grid = TileGrid(origins, 256, 192, 0.5, (512.0, 512.0), 20)
+    side = 256 * mpp / slide_mpp
+    grid = TileGrid(origins, 256, 192, mpp, (side, side), 20)
     store = FeatureStore.create(
-        path, SlideRecord("s1", "f", (9000, 8000), (0.25, 0.25), "aperio MPP", "aperio", "turbo")
+        path, SlideRecord(name, "f", (9000, 8000), (slide_mpp, slide_mpp), "aperio MPP", "aperio", "turbo")
     )
     store.write_grid("256px_0.5mpp_stride192", grid, {}, None)
     card = EncoderCard("uni", "timm", "vit", 224, 6, "cls", "gated", weights_digest="d")
@@ -108,6 +115,99 @@ def test_trident_with_the_true_scale(tmp_path: Path) -> None:
     export_trident(make_store(tmp_path / "s1.zarr"), tmp_path / "job")
     (path,) = import_trident(tmp_path / "job/20x_256px_64px_overlap", tmp_path / "back", slide_mpp=0.2527)
     assert FeatureStore.open(path).slide.mpp == (0.2527, 0.2527)
+
+
+@pytest.mark.parametrize(("mpp", "back"), [(0.65, 0.65), (0.44, 0.44), (0.2277, 0.2277), (0.2525, 0.25), (0.97, 1.0)])
+def test_magnifications_are_those_of_objectives_or_exact(tmp_path: Path, mpp: float, back: float) -> None:
+    """TRIDENT keeps magnifications: what is within 5 % of an objective's becomes that, anything else stays."""
+    store = make_store(tmp_path / "s1.zarr", slide_mpp=mpp, mpp=mpp)
+    files = export_trident(store, tmp_path / "job")
+    with h5py.File(files.coords) as file:
+        assert file["coords"].attrs["target_magnification"] == file["coords"].attrs["level0_magnification"] == 10 / back
+    assert files.coords.parent.parent.name.startswith(f"{10 / back:g}x_")
+    (path,) = import_trident(files.coords.parent.parent, tmp_path / "back")
+    assert FeatureStore.open(path).slide.mpp == (back, back)
+    assert FeatureStore.open(path).grid().mpp == back
+
+
+def add_encoder(store: FeatureStore, name: str) -> FeatureStore:
+    """Features of another encoder on the same tiles."""
+    store = FeatureStore.create(store.path, store.slide)
+    grid = store.grid()
+    card = EncoderCard(name, "timm", "vit", 224, 3, "cls", "gated", weights_digest="e")
+    identity = FeatureIdentity(card, "256px_0.5mpp_stride192", grid, "fp32", "float16")
+    write_features(store, identity, np.ones((len(grid), 3), np.float16), {"format": "test"})
+    return store
+
+
+def test_two_encoders_in_one_folder_of_trident(tmp_path: Path) -> None:
+    store = add_encoder(make_store(tmp_path / "s1.zarr"), "timm:a/b")
+    first = export_trident(store, tmp_path / "job", "uni")
+    before = first.coords.read_bytes()
+    second = export_trident(store, tmp_path / "job", "timm:a/b")
+    assert second.features == tmp_path / "job/20x_256px_64px_overlap/features_timm_a_b/s1.h5"
+    assert second.coords == first.coords
+    assert first.coords.read_bytes() == before
+    with pytest.raises(FormatError, match=r"features_uni/s1\.h5 exists: .* --overwrite"):
+        export_trident(store, tmp_path / "job", "uni")
+    for encoder, dim in (("uni", 6), ("timm:a/b", 3)):
+        (path,) = import_trident(first.coords.parent.parent, tmp_path / "back", encoder)
+        assert FeatureStore.open(path).features(encoder).shape == (9, dim)
+    with pytest.raises(FormatError, match="name one with --encoder"):
+        import_trident(first.coords.parent.parent, tmp_path / "back")
+
+
+@pytest.mark.parametrize("damage", ["other tiles", "another scale", "torn"])
+def test_coordinates_of_other_tiles_are_not_replaced_unasked(tmp_path: Path, damage: str) -> None:
+    store = add_encoder(make_store(tmp_path / "s1.zarr"), "b")
+    files = export_trident(store, tmp_path / "job", "uni")
+    sound = h5_content(files.coords)
+    if damage == "torn":
+        files.coords.write_bytes(files.coords.read_bytes()[:500])
+    else:
+        with h5py.File(files.coords, "r+") as file:
+            if damage == "other tiles":
+                file["coords"][0, 0] += 1
+            else:
+                file["coords"].attrs["level0_magnification"] = 20
+    spoilt = files.coords.read_bytes()
+    with pytest.raises(FormatError, match=r"s1_patches\.h5 holds other tiles: choose another folder, or pass --overwr"):
+        export_trident(store, tmp_path / "job", "b")
+    assert files.coords.read_bytes() == spoilt
+    export_trident(store, tmp_path / "job", "b", overwrite=True)
+    assert h5_content(files.coords) == sound
+
+
+def test_one_damaged_file_stops_no_other(tmp_path: Path) -> None:
+    for name in ("a", "b", "c", "d", "e", "f"):
+        files = export_trident(make_store(tmp_path / f"{name}.zarr", name=name), tmp_path / "job")
+        if name in "acde":
+            files.features.write_bytes(b"no HDF5")
+    job = files.features.parent.parent
+    with pytest.raises(PartialImportError, match=r"^4 of 6 slides were not imported \(.* and 1 more\): mend") as caught:
+        import_trident(job, tmp_path / "back")
+    told = str(caught.value)
+    assert [name for name in "abcdef" if f"{name}.h5 is missing, damaged" in told] == ["a", "c", "d"]
+    assert "\n" not in told
+    assert caught.value.done == (tmp_path / "back/b.zarr", tmp_path / "back/f.zarr")
+    assert all(FeatureStore.open(path).features("uni").shape == (9, 6) for path in caught.value.done)
+
+
+@pytest.mark.parametrize("write", [export_trident, export_clam])
+def test_a_full_disk_ends_in_a_sentence(tmp_path: Path, write: Callable[..., Any]) -> None:
+    """A real limit of the system, at which HDF5 and torch themselves raise RuntimeError of several lines, or crash."""
+    store = make_store(tmp_path / "s1.zarr", "float32", n=4000)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, hard))
+        with pytest.raises(FormatError, match=r"cannot write .*s1.*: File too large$") as caught:
+            write(store, tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)
+    assert "\n" not in str(caught.value)
+    assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
 
 
 def test_clam_layout(tmp_path: Path) -> None:

@@ -144,6 +144,39 @@ def test_slides_without_a_prediction_get_no_columns(full: FeatureStore, tmp_path
     assert not (path / "obs/prediction").exists()
 
 
+def test_classes_that_differ_in_signs_alone_are_numbered(full: FeatureStore, tmp_path: Path) -> None:
+    (tmp_path / "p.csv").write_text("slide_id,prediction,prob_a b,prob_a/b\ns1,a b,0.75,0.25\n")
+    path = export_anndata(full, tmp_path / "out", predictions=tmp_path / "p.csv").features
+    group = zarr.open_group(path, mode="r")
+    assert [name for name in metadata(path / "obs")["attributes"]["column-order"] if name.startswith("prob_")] == [
+        "prob_0", "prob_1",
+    ]  # fmt: skip
+    assert (group["obs/prob_0"][0], group["obs/prob_1"][0]) == (0.75, 0.25)
+    assert group["obs/prediction/categories"][:].tolist() == ["a b"]
+
+
+def test_what_was_there_stays_where_nothing_can_take_its_place(
+    full: FeatureStore, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (exported / "mine").write_text("kept")
+    moves: list[str] = []
+    move = os.replace
+
+    def refuse_the_second(source: Any, target: Any) -> None:
+        if Path(source).parent == exported.parent:
+            moves.append(Path(target).name)
+            if len(moves) == 2:
+                raise OSError(28, "No space left on device")
+        move(source, target)
+
+    monkeypatch.setattr(os, "replace", refuse_the_second)
+    with pytest.raises(FormatError, match=r"cannot write .*s1\.zarr: No space left on device"):
+        export_anndata(full, tmp_path / "anndata", overwrite=True)
+    assert moves[1:] == ["s1.zarr", "s1.zarr"]  # refused, and put back
+    assert (exported / "mine").read_text() == "kept"
+    assert [entry.name for entry in (tmp_path / "anndata").iterdir()] == ["s1.zarr"]
+
+
 def edit(path: Path, **changes: Any) -> None:
     (path / "zarr.json").write_text(json.dumps(metadata(path) | changes))
 

@@ -54,6 +54,29 @@ def test_one_bad_store_leaves_the_others_done(tmp_path: Path) -> None:
     assert "Traceback" not in done.output
 
 
+def test_one_bad_file_leaves_the_others_imported(tmp_path: Path) -> None:
+    for name in ("s1", "s2", "s3"):
+        make_store(tmp_path / f"stores/{name}.zarr", name=name)
+    wsi("export", "stamp", tmp_path / "stores", "-o", tmp_path / "out")
+    (tmp_path / "out/uni/s1.h5").write_bytes(b"no HDF5")
+    done = wsi("import", "stamp", tmp_path / "out", "-o", tmp_path / "back", "--slide-mpp", 0.2527)
+    assert done.exit_code == 1
+    assert done.stdout.split() == [str(tmp_path / "back/s2.zarr"), str(tmp_path / "back/s3.zarr")]
+    assert "1 of 3 slides were not imported" in done.stderr
+    assert "s1.h5" in done.stderr
+    assert sorted(path.name for path in (tmp_path / "back").glob("*.zarr")) == ["s2.zarr", "s3.zarr"]
+
+
+@pytest.mark.parametrize("option", [("--encoder", "uni"), ("--slide-mpp", 0.25)])
+def test_options_that_mean_nothing_are_refused(tmp_path: Path, option: tuple[object, ...]) -> None:
+    make_store(tmp_path / "s1.zarr")
+    wsi("export", "anndata", tmp_path / "s1.zarr", "-o", tmp_path / "out")
+    done = wsi("import", "anndata", tmp_path / "out", "-o", tmp_path / "back", *option)
+    assert done.exit_code == 2
+    assert f"leave out {option[0]}" in done.stderr
+    assert not (tmp_path / "back").exists()
+
+
 def test_wrong_usage(tmp_path: Path) -> None:
     assert wsi("export", "slideflow", tmp_path, "-o", tmp_path / "out").exit_code == 2
     assert wsi("export", "stamp", tmp_path, "-o", tmp_path / "out").exit_code == 2

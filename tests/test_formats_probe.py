@@ -51,6 +51,30 @@ def test_threads_take_turns(file: Path) -> None:
     assert found == [""] * 8
 
 
+DIES = "raise SystemExit(1)\n"
+SAYS_OTHERWISE = "import os, time\nos.write(1, b'hello\\n')\ntime.sleep(1000)\n"
+
+
+@pytest.mark.parametrize("code", [DIES, SAYS_OTHERWISE])
+def test_a_process_that_does_not_start_is_told_of(file: Path, monkeypatch: pytest.MonkeyPatch, code: str) -> None:
+    (file.parent / "probe.py").write_text(code)
+    monkeypatch.setattr(probe, "__file__", str(file.parent / "probe.py"))
+    monkeypatch.setattr(probe, "_PROBER", probe._Prober())
+    with pytest.raises(FormatError, match=r"^cannot start .* see that it can import h5py$"), reading(file):
+        pass
+    assert probe._PROBER._child is None
+
+
+def test_h5py_may_come_through_the_path_of_python(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (file.parent / "path").mkdir()
+    (file.parent / "path" / "h5py.py").write_text(f"open({str(file.parent / 'found')!r}, 'w').close()\n")
+    monkeypatch.setenv("PYTHONPATH", str(file.parent / "path"))
+    prober = probe._Prober()
+    assert prober.check(file) == ""
+    prober.stop()
+    assert (file.parent / "found").exists()
+
+
 @pytest.mark.parametrize(("code", "words"), [(CRASHES, "crashes"), (HANGS, "does not end")])
 def test_what_ends_the_other_process_is_refused(
     file: Path, monkeypatch: pytest.MonkeyPatch, code: str, words: str

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 import struct
-from contextlib import suppress
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -126,13 +127,23 @@ def test_damaged_parquet(exported: Path, tmp_path: Path) -> None:
     path = exported / "shapes/nuclei_squares/shapes.parquet"
     whole = path.read_bytes()
     rng = np.random.default_rng(1)
+    endings = Counter[str]()
     for trial in range(20):
         broken = bytearray(whole[: rng.integers(1, len(whole))] if trial % 2 else whole)
         for place in rng.integers(0, len(broken), 8):
             broken[place] = rng.integers(0, 256)
         path.write_bytes(broken)
-        with suppress(FormatError):
-            import_spatialdata(exported, tmp_path / f"back{trial}")
+        try:
+            (back,) = import_spatialdata(exported, tmp_path / f"back{trial}")
+        except FormatError as error:
+            endings["refused"] += "s1.zarr is missing, damaged" in str(error) and "\n" not in str(error)
+        else:  # what was changed says nothing of outlines and measurements
+            assert len(read_nuclei(FeatureStore.open(back))) == 40
+            endings["read"] += 1
+    assert endings["refused"] >= 10
+    assert endings.total() == 20
+    path.write_bytes(whole)
+    assert len(import_spatialdata(exported, tmp_path / "back")) == 1
 
 
 def lazyslide(path: Path, ids: list[int], **spec: Any) -> np.ndarray:
@@ -178,6 +189,25 @@ def test_lazyslide_folders_that_cannot_be(tmp_path: Path, spec: dict[str, Any], 
     lazyslide(tmp_path / "slide.zarr", ids, **spec)
     with pytest.raises(FormatError, match=words):
         import_spatialdata(tmp_path, tmp_path / "back")
+
+
+def test_an_encoder_is_told_by_its_whole_name(full: FeatureStore, exported: Path, tmp_path: Path) -> None:
+    tables = zarr.open_group(exported / "tables", mode="r+")
+    shutil.copytree(exported / "tables/uni_tiles", exported / "tables/uni_v2_tiles")
+    del tables["uni_v2_tiles/X"]  # it cannot be imported
+    (path,) = import_spatialdata(exported, tmp_path / "back", "uni")
+    assert FeatureStore.open(path).encoders() == ("uni",)
+    for name in ("un", "uni_v2_", "uni_v2_tiles"):
+        with pytest.raises(FormatError, match=f"holds no table of features of {name}$"):
+            import_spatialdata(exported, tmp_path / "other", name)
+
+
+def test_a_scale_is_not_taken_where_the_folder_has_one(exported: Path, tmp_path: Path) -> None:
+    with pytest.raises(FormatError, match=r"s1\.zarr says itself how large a pixel is: leave out --slide-mpp"):
+        import_spatialdata(exported, tmp_path / "back", slide_mpp=0.25)
+    lazyslide(tmp_path / "lazy/s.zarr", [0])
+    (path,) = import_spatialdata(tmp_path / "lazy", tmp_path / "back", "uni", slide_mpp=0.2)
+    assert FeatureStore.open(path).slide.mpp == (0.2, 0.2)
 
 
 def test_another_encoder_is_not_there(exported: Path, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from wsi_engine.classification.heatmap import (
 from wsi_engine.classification.sheet import draw_sheet, pick_ends
 from wsi_engine.errors import SettingsError, SlideError
 from wsi_engine.grid import TileGrid
-from wsi_engine.store import SlideRecord
+from wsi_engine.slide_record import SlideRecord
 
 
 def make_grid(origins: list[tuple[int, int]], size: float, tile_px: int = 64) -> TileGrid:

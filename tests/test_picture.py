@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +11,11 @@ import pytest
 from PIL import Image
 
 from wsi_engine import detect_tissue, draw_overview, lay_grid, open_slide, save_picture
+from wsi_engine.classification.heatmap import write_tiles_geojson
 from wsi_engine.errors import ScaleError, SettingsError, SlideError
+from wsi_engine.grid import TileGrid
 from wsi_engine.picture import GRID, OUTLINE
+from wsi_engine.places import write_file
 
 
 def test_outline_and_grid_lie_where_they_should(tissue_image: np.ndarray) -> None:
@@ -44,3 +49,22 @@ def test_saving(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
     with pytest.raises(SlideError, match="cannot write"):
         save_picture(picture, tmp_path / "nowhere" / "a.png")
+
+
+def test_a_draft_that_cannot_be_removed_hides_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a file system that became read-only: neither the picture nor the tiles nor a small file can be written."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    grid = TileGrid(np.zeros((0, 2), np.int64), 64, 64, 0.5, (64.0, 64.0), 0)
+    monkeypatch.setattr(Path, "unlink", refuse)
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(SlideError, match=r"cannot write the picture .*a\.png: Read-only file system"):
+        save_picture(np.zeros((4, 4, 3), np.uint8), tmp_path / "a.png")
+    with pytest.raises(SlideError, match=r"cannot write the tiles .*a\.geojson: Read-only file system"):
+        write_tiles_geojson(tmp_path / "a.geojson", grid, np.zeros(0, np.float32), np.zeros(0), "x")
+    with pytest.raises(OSError, match="gone") as caught:
+        monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "gone")))
+        write_file(tmp_path / "a.csv", b"x")
+    assert caught.value.errno == errno.EIO

@@ -10,12 +10,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support_runs import make_origin, make_run
 
+from wsi_engine.classification.ensemble import load_ensemble
 from wsi_engine.encoders.base import EncoderCard
 from wsi_engine.errors import ModelError, StoreError
 from wsi_engine.grid import TileGrid
 from wsi_engine.runs import RUN_VERSION, FeatureOrigin, RunFolder, RunRecord
-from wsi_engine.store import FeatureStore, SlideRecord
+from wsi_engine.slide_record import SlideRecord
+from wsi_engine.store import FeatureStore
 from wsi_engine.writer import FeatureIdentity, write_features
 
 ORIGIN = FeatureOrigin("net", 4, "d" * 64, "fp32", 0.5, 256, 128)
@@ -60,10 +63,20 @@ def damage(value: dict[str, Any], how: str) -> Any:
         value["colour"] = "red"
     elif how == "features damaged":
         value["features"] = {"encoder": "net"}
+    elif how.endswith(" as a list"):
+        value[how.removesuffix(" as a list")] = []
+    elif how == "no options":
+        value["options"] = None
     return [value] if how == "a list" else value
 
 
-@pytest.mark.parametrize("how", ["no version", "no features", "a field too many", "features damaged", "a list"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        "no version", "no features", "a field too many", "features damaged", "a list", "settings as a list",
+        "summary as a list", "no options",
+    ],
+)  # fmt: skip
 def test_a_damaged_record(tmp_path: Path, how: str) -> None:
     run = RunFolder(tmp_path)
     run.write_record(RECORD)
@@ -155,4 +168,24 @@ def test_other_features_are_refused(change: dict[str, Any], message: str) -> Non
 
 @pytest.mark.parametrize("change", [{}, {"precision": "bf16"}, {"stride_px": 256}])
 def test_what_may_differ(change: dict[str, Any]) -> None:
-    ORIGIN.check(replace(ORIGIN, **change), "here")
+    other = replace(ORIGIN, **change)
+    assert (other == ORIGIN) is not bool(change)
+    said = []
+    for one, another in ((ORIGIN, other), (other, ORIGIN), (other, replace(other, dim=8))):
+        try:
+            one.check(another, "here")
+        except ModelError as error:
+            said.append(str(error))
+    assert len(said) == 1  # of the last pair alone
+    assert "8 numbers per tile" in said[0]
+
+
+def test_the_digest_of_the_heads_is_that_of_the_loaded_model(tmp_path: Path) -> None:
+    run = RunFolder(make_run(tmp_path / "run", make_origin(8), "mean", temperatures=(1.0, 2.0)))
+    digest = run.model_digest(2)
+    assert digest == load_ensemble(run.path, device="cpu").digest
+    assert digest != run.model_digest(1) == load_ensemble(run.head_file(0), device="cpu").digest
+    run.head_file(1).write_bytes(run.head_file(0).read_bytes())
+    assert run.model_digest(2) != digest
+    with pytest.raises(ModelError, match=r"cannot read .*fold-2/head\.safetensors: No such file"):
+        run.model_digest(3)

@@ -95,6 +95,38 @@ def test_survival_by_plain_products(study: Study) -> None:
         assert alive == pytest.approx(share, abs=0.006)
 
 
+def test_the_log_rank_test_by_plain_sums(study: Study) -> None:
+    """Deaths of one group against those expected of it at every death, and the hypergeometric variance of these."""
+    stats = pytest.importorskip("scipy.stats")
+    (found,) = study.numbers(r"log-rank: p = (\S+)")
+    months, died = study.table["months"].to_numpy(), study.table["died"].to_numpy() == 1
+    tumour = (study.table["prediction"] == "tumour").to_numpy()
+    difference = variance = 0.0
+    for month in sorted(set(months[died])):
+        risk, now = months >= month, (months == month) & died
+        share = (risk & tumour).sum() / risk.sum()
+        difference += (now & tumour).sum() - now.sum() * share
+        if risk.sum() > 1:
+            variance += now.sum() * share * (1 - share) * (risk.sum() - now.sum()) / (risk.sum() - 1)
+    assert found == pytest.approx(stats.chi2.sf(difference**2 / variance, 1), rel=0.06)
+
+
+def test_the_concordance_by_counting_pairs(study: Study) -> None:
+    """Of the pairs in which one is known to have died first, those in which that one has the greater hazard."""
+    (found,) = study.numbers(r"Cox: concordance ([\d.]+)")
+    ratios = [study.numbers(rf"Cox, {name}: hazard ratio ([\d.]+)")[0] for name in ("nuclear size", "age")]
+    size, age = study.table["nuclei_area_um2_p95"], study.table["age"]
+    risk = (np.log(ratios[0]) * size / size.std() + np.log(ratios[1]) * age / 10).to_numpy()
+    months, died = study.table["months"].to_numpy(), study.table["died"].to_numpy() == 1
+    pairs = [
+        (np.sign(risk[first] - risk[second]) + 1) / 2
+        for first in np.flatnonzero(died)
+        for second in range(len(months))
+        if months[second] > months[first] or (months[second] == months[first] and not died[second])
+    ]
+    assert found == pytest.approx(np.mean(pairs), abs=0.015)  # the ratios are printed to two digits
+
+
 def test_the_hazard_is_where_the_partial_likelihood_is_greatest(study: Study) -> None:
     found = [
         study.numbers(rf"Cox, {name}: hazard ratio ([\d.]+) \(([\d.]+)–([\d.]+)\)") for name in ("nuclear size", "age")

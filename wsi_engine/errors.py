@@ -13,10 +13,16 @@
     │   └── BusyError      another process is writing the same slide
     ├── ModelError         a trained model cannot be used, made or kept, or does not fit the features it is given
     ├── FormatError        a file of another tool is not laid out as that tool lays it out
+    │   └── PartialImportError  some slides of its folder were imported and others were not
     └── ClusterError       a Dask cluster cannot be reached, or lost its workers
 
 Each message is one sentence that says what is wrong, where, and what to do.
 """
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
 
 
 class WsiError(Exception):
@@ -69,6 +75,14 @@ class ModelError(WsiError):
 
 class FormatError(WsiError):
     """A file of another tool is not laid out as that tool lays it out."""
+
+
+class PartialImportError(FormatError):
+    """Some slides of another tool's folder could not be imported; ``done`` are the stores of the others."""
+
+    def __init__(self, message: str, done: Sequence[Path] = ()) -> None:
+        super().__init__(message)
+        self.done = tuple(done)
 
 
 class ClusterError(WsiError):

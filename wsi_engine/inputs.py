@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import csv
+import math
 import os
-from collections.abc import Iterable, Sequence
+import posixpath
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TypeAlias
+from urllib.parse import urlsplit
 
 from wsi_engine.errors import InputError
-from wsi_engine.readers.base import is_url, local_path
-from wsi_engine.slide import slide_name
+from wsi_engine.places import Place, as_place, is_url, local_path
+from wsi_engine.slide import MPP_RANGE, slide_name
+from wsi_engine.spreadsheet import read_csv
 
 SLIDE_SUFFIXES = frozenset(
     [
@@ -33,6 +36,9 @@ SLIDE_SUFFIXES = frozenset(
 )
 """Endings that make a file in a folder count as a slide, in small letters."""
 
+MOST_ID_BYTES = 150
+"""Longest id of a slide in UTF-8: names of files are made of it, and file systems take 255 bytes."""
+
 _FORBIDDEN = set('/\\\0<>:"|?*\n\r\t')
 
 
@@ -53,8 +59,9 @@ def find_slides(inputs: Iterable[SlideInput], mpp: float | None = None) -> list[
     """List the slides that files, folders, CSVs and URLs name, in the order given (folders by name).
 
     A folder is searched with its subfolders for :data:`SLIDE_SUFFIXES`; of a folder with DICOM files the first is
-    taken, since OpenSlide finds the rest of a slide by itself. A CSV has a column ``slide`` (paths relative to the CSV)
-    and, if wanted, ``slide_id`` and ``mpp``.
+    taken, since OpenSlide finds the rest of a slide by itself. A URL without such an ending is searched where there is
+    no object of that name and some are below it. A CSV, on disk or by URL, has a column ``slide`` (paths relative to
+    the CSV) and, if wanted, ``slide_id`` and ``mpp``.
 
     Args:
         inputs: what the user named.
@@ -71,10 +78,12 @@ def find_slides(inputs: Iterable[SlideInput], mpp: float | None = None) -> list[
             sources.append(SlideSource(item.path, check_slide_id(item.slide_id, item.path), scale))
             continue
         path = local_path(os.fspath(item))
-        if not is_url(path) and path.lower().endswith(".csv"):
-            sources += _read_csv(Path(path), mpp)
-        elif not is_url(path) and os.path.isdir(path):
-            sources += [SlideSource(str(p), check_slide_id(p.stem, str(p)), mpp) for p in _search_folder(Path(path))]
+        place = as_place(path)
+        if _suffix(path) == ".csv":
+            sources += _read_list(place, mpp)
+        elif _is_folder(place):
+            found = map(os.fspath, _search_folder(place))
+            sources += [SlideSource(one, check_slide_id(slide_name(one), one), mpp) for one in found]
         else:
             sources.append(SlideSource(path, check_slide_id(slide_name(path), path), mpp))
     if not sources:
@@ -87,65 +96,131 @@ def check_slide_id(slide_id: str, where: str) -> str:
     """The id itself when it can name a store in the output folder.
 
     Raises:
-        InputError: it is empty, names another folder, or has characters that file systems refuse.
+        InputError: it is empty or too long, names another folder, or has characters that file systems refuse.
     """
-    if not slide_id or slide_id.startswith(".") or _FORBIDDEN & set(slide_id) or len(slide_id.encode()) > 200:
+    size = len(slide_id.encode("utf-8", "surrogatepass"))
+    if not slide_id or slide_id.startswith(".") or _FORBIDDEN & set(slide_id) or size > MOST_ID_BYTES:
         raise InputError(
-            f"{slide_id!r} ({where}) cannot name a store: use a name of at most 200 bytes that does not begin with "
-            "a dot and has no slash or other special character"
+            f"{slide_id!r} ({printable(where)}) cannot name a store: use a name of at most {MOST_ID_BYTES} bytes that "
+            "does not begin with a dot and has no slash or other special character"
+        )
+    if printable(slide_id) != slide_id:
+        raise InputError(
+            f"{slide_id!r} ({printable(where)}) cannot name a store, for it is not in UTF-8: rename the file"
         )
     return slide_id
 
 
-def _search_folder(folder: Path) -> list[Path]:
+def printable(text: str) -> str:
+    r"""A text with bytes that are no UTF-8, as names of files may have, as ``\udcff``."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def place_slide(slide: str, folder: Place) -> str:
+    """Path or URL of a slide that a list names; relative ones start from a folder."""
+    slide = local_path(slide)
+    if is_url(slide) or os.path.isabs(slide):
+        return slide
+    if isinstance(folder, Path):
+        return str(folder / slide)
+    scheme, _, within = folder.url.partition("://")
+    return f"{scheme}://{posixpath.normpath(f'{within}/{slide}')}"
+
+
+def parse_mpp(text: str, where: str) -> float | None:
+    """Micrometres per level-0 pixel that a cell gives a slide; None where it is empty.
+
+    Raises:
+        InputError: it is no believable number.
+    """
+    try:
+        value = float(text) if text else None
+    except ValueError:
+        value = math.nan
+    low, high = MPP_RANGE
+    if value is not None and not low <= value <= high:
+        raise InputError(f'{where}: mpp must be micrometres per pixel within {low}–{high}, not "{text}"')
+    return value
+
+
+def _suffix(path: str) -> str:
+    """What the name of a path or URL ends in, in small letters, with its dot."""
+    return PurePosixPath(urlsplit(path).path if is_url(path) else path).suffix.lower()
+
+
+def _is_folder(place: Place) -> bool:
+    """Whether slides lie below. Of a URL that cannot be looked at, the reader of slides will say so."""
+    if isinstance(place, Path):
+        return place.is_dir()
+    if _suffix(place.url) in SLIDE_SUFFIXES:
+        return False
+    try:
+        return not place.is_file() and place.is_dir()
+    except OSError:
+        return False
+
+
+def _search_folder(folder: Place) -> list[Place]:
+    """The slides in a folder and those below it, by name.
+
+    Raises:
+        InputError: there is none, or it cannot be listed.
+    """
     found = []
     dicom_folders = set()
-    for path in sorted(p for p in folder.rglob("*") if p.suffix.lower() in SLIDE_SUFFIXES and p.is_file()):
-        if any(part.startswith(".") or part.endswith(".zarr") for part in path.relative_to(folder).parts):
-            continue
-        if path.suffix.lower() == ".dcm":
-            if path.parent in dicom_folders:
+    try:
+        for within, place in sorted(_list_files(folder)):
+            suffix = place.suffix.lower()
+            if any(part.startswith(".") or part.endswith(".zarr") for part in within):
                 continue
-            dicom_folders.add(path.parent)
-        if path.suffix.lower() in {".jpg", ".jpeg"} and path.parent.with_suffix(".vms").exists():
-            continue
-        found.append(path)
+            if suffix == ".dcm":
+                if within[:-1] in dicom_folders:
+                    continue
+                dicom_folders.add(within[:-1])
+            if suffix in {".jpg", ".jpeg"} and _belongs_to_vms(place):
+                continue
+            found.append(place)
+    except OSError as error:
+        raise InputError(f"cannot list {folder}: {error.strerror or error}") from error
     if not found:
         raise InputError(f"{folder} holds no slide (looked for {', '.join(sorted(SLIDE_SUFFIXES))})")
     return found
 
 
-def _read_csv(path: Path, mpp: float | None) -> list[SlideSource]:
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as stream:
-            rows = csv.DictReader(stream)
-            columns = rows.fieldnames or []
-            if "slide" not in columns:
-                raise InputError(f'{path} has no column "slide" (its columns: {", ".join(columns) or "none"}): add one')
-            sources = [_from_row(path, number, row, mpp) for number, row in enumerate(rows, start=2)]
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path} is not a CSV file in UTF-8: {error}") from error
-    if not sources:
-        raise InputError(f"{path} lists no slide")
-    return sources
+def _list_files(folder: Place) -> Iterator[tuple[tuple[str, ...], Place]]:
+    """The files below a folder that count as slides by their names: the parts of the way there, and the file."""
+    if isinstance(folder, Path):
+        for path in folder.rglob("*"):
+            if path.suffix.lower() in SLIDE_SUFFIXES and path.is_file():
+                yield path.relative_to(folder).parts, path
+        return
+    for name in folder.files():
+        if PurePosixPath(name).suffix.lower() in SLIDE_SUFFIXES:
+            yield PurePosixPath(name).parts, folder / name
 
 
-def _from_row(path: Path, number: int, row: dict[str, str], mpp: float | None) -> SlideSource:
-    where = f"{path}, line {number}"
-    slide = (row["slide"] or "").strip()
-    if not slide:
+def _belongs_to_vms(picture: Place) -> bool:
+    """Whether a JPEG is a part of the Hamamatsu slide that lies beside its folder."""
+    folder = picture.absolute().parent if isinstance(picture, Path) else picture.parent
+    return bool(folder.name) and folder.with_name(f"{folder.stem}.vms").exists()
+
+
+def _read_list(place: Place, mpp: float | None) -> list[SlideSource]:
+    columns, records = read_csv(place)
+    if "slide" not in columns:
+        raise InputError(f'{place} has no column "slide" (its columns: {", ".join(columns) or "none"}): add one')
+    if not records:
+        raise InputError(f"{place} lists no slide")
+    return [_from_record(where, record, place.parent, mpp) for where, record in records]
+
+
+def _from_record(where: str, record: dict[str, str], folder: Place, mpp: float | None) -> SlideSource:
+    if not record["slide"]:
         raise InputError(f'{where}: the column "slide" is empty')
-    if not is_url(slide):
-        slide = str(path.parent / slide)  # an absolute path stays as it is
-    given = (row.get("mpp") or "").strip()
-    try:
-        scale = float(given) if given else mpp
-    except ValueError:
-        raise InputError(f'{where}: mpp must be a number of micrometres per pixel, not "{given}"') from None
-    slide_id = (row.get("slide_id") or "").strip() or slide_name(slide)
-    return SlideSource(slide, check_slide_id(slide_id, where), scale)
+    slide = place_slide(record["slide"], folder)
+    scale = parse_mpp(record.get("mpp", ""), where)
+    slide_id = record.get("slide_id", "") or slide_name(slide)
+    return SlideSource(slide, check_slide_id(slide_id, where), mpp if scale is None else scale)
 
 
 def _refuse_duplicates(sources: Sequence[SlideSource]) -> None:

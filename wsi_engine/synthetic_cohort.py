@@ -125,7 +125,7 @@ def write_cohort(folder: str | os.PathLike[str], spec: CohortSpec) -> Path:
         (root / "slides").mkdir(parents=True, exist_ok=True)
         cohort = lay_cohort(spec)
         with ThreadPoolExecutor(usable_cores()) as pool:
-            list(pool.map(lambda slide: _write_slide(root, slide), cohort))
+            list(pool.map(lambda slide: _draw_slide(root, slide), cohort))
         table = root / "cohort.csv"
         with open(table, "w", newline="", encoding="utf-8") as stream:
             writer = csv.writer(stream)
@@ -249,13 +249,8 @@ def _twin(spec: SlideSpec) -> tuple[SlideTruth, tuple[int, int]]:
     return SlideTruth(replace(spec, width=size[0], height=size[1], mpp=_TWIN_MPP, tumour_ellipses=ellipses)), size
 
 
-def _write_slide(root: Path, slide: CohortSlide) -> None:
+def _draw_slide(root: Path, slide: CohortSlide) -> None:
+    """Draw a slide where an earlier run has not; it appears whole or not at all."""
     target = root / "slides" / f"{slide.slide_id}.tif"
-    if target.exists():
-        return
-    draft = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        write_slide(draft, slide.spec)
-        os.replace(draft, target)
-    finally:
-        draft.unlink(missing_ok=True)
+    if not target.exists():
+        write_slide(target, slide.spec)

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from wsi_engine.cohorts.findings import Problem, count, write_report
+from wsi_engine.cohorts.findings import Problem, count, find_torn, write_report
 from wsi_engine.cohorts.opening import look_inside, parse_scale
 from wsi_engine.cohorts.roster import Roster, RosterRow
-from wsi_engine.cohorts.splits import PART_NAMES
+from wsi_engine.cohorts.splits import find_part_problems
 from wsi_engine.errors import InputError
-from wsi_engine.readers.base import is_url, local_path
+from wsi_engine.places import is_url, local_path
 
 SPLIT, SITE = "split", "site"
 """Columns that mean something wherever a cohort has them."""
@@ -107,14 +107,6 @@ def find_duplicates(roster: Roster) -> list[Problem]:
     )
 
 
-def find_torn(pairs: Iterable[tuple[str, str | None]]) -> tuple[str, ...]:
-    """The patients that have several values, with these; nothing is no value."""
-    values: defaultdict[str, set[str]] = defaultdict(set)
-    for patient, value in pairs:
-        values[patient] |= {value} if value else set()
-    return tuple(f"{patient}: {', '.join(sorted(some))}" for patient, some in values.items() if len(some) > 1)
-
-
 def _find_repeats(roster: Roster) -> list[Problem]:
     """Slides named twice, and files named under several ids."""
     files: defaultdict[str, list[str]] = defaultdict(list)
@@ -146,17 +138,7 @@ def _find_split_patients(roster: Roster) -> list[Problem]:
     """Patients in several parts of the column of splits, and values there that mean no part."""
     if SPLIT not in roster.columns:
         return []
-    given = roster.column(SPLIT)
-    parts = [PART_NAMES.get((value or "").lower()) for value in given]
-    unknown = sorted({value for value, part in zip(given, parts, strict=True) if value and part is None})
-    torn = find_torn((row.patient, part) for row, part in zip(roster, parts, strict=True))
-    found = []
-    if unknown:
-        found.append(Problem(f'column "{SPLIT}" has unknown values', tuple(unknown), "write train, val or test"))
-    if torn:
-        what = f'{count(len(torn), "patient")} in several parts of column "{SPLIT}"'
-        found.append(Problem(what, torn, "put all slides of a patient in one part"))
-    return found
+    return list(find_part_problems([row.patient for row in roster], roster.column(SPLIT), SPLIT))
 
 
 def _find_torn_sites(roster: Roster) -> list[Problem]:

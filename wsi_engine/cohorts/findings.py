@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 MOST_EXAMPLES = 20
@@ -38,6 +39,14 @@ class Problem:
 def write_report(sentence: str, problems: Sequence[Problem]) -> str:
     """A sentence, and below it every problem with its examples."""
     return "\n".join([sentence, *(line for problem in problems for line in problem.lines())])
+
+
+def find_torn(pairs: Iterable[tuple[str, str | None]]) -> tuple[str, ...]:
+    """The patients that have several values, with these, in the order in which they come; nothing is no value."""
+    values: defaultdict[str, set[str]] = defaultdict(set)
+    for patient, value in pairs:
+        values[patient] |= {value} if value else set()
+    return tuple(f"{patient}: {', '.join(sorted(some))}" for patient, some in values.items() if len(some) > 1)
 
 
 def list_some(names: Collection[str], most: int = 5, between: str = ", ") -> str:

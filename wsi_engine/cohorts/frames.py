@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wsi_engine.cohorts.roster import Roster
+from wsi_engine.cohorts.roster import Roster, with_index
 from wsi_engine.errors import InputError, SettingsError
 
 if TYPE_CHECKING:
@@ -50,10 +50,12 @@ def read_parquet(path: Path) -> tuple[tuple[str, ...], list[dict[str, Any]]]:
         raise SettingsError(
             f'{path} is a Parquet file, which needs the package pyarrow: pip install "wsi-engine[cohort]", or write CSV'
         ) from None
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
-    except ValueError as error:  # what pyarrow raises at damaged files is one
-        raise InputError(f"{path} is not a Parquet file: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # whatever pandas and pyarrow raise at damaged files
+        if isinstance(error, OSError) and error.strerror:
+            raise InputError(f"cannot read {path}: {error.strerror}") from error
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{path} is not a Parquet file: {reason}") from error
+    frame = with_index(frame)
     frame.columns = [str(name) for name in frame.columns]
     twice = sorted(set(frame.columns[frame.columns.duplicated()]))
     if twice:

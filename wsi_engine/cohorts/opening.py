@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from wsi_engine.cohorts.findings import Problem, count
 from wsi_engine.cohorts.roster import RosterRow
 from wsi_engine.errors import InputError, WsiError
-from wsi_engine.readers.base import is_url, local_path
-from wsi_engine.slide import MPP_RANGE, open_slide
+from wsi_engine.inputs import parse_mpp
+from wsi_engine.places import is_url, local_path
+from wsi_engine.slide import open_slide
 
 SCALE = "mpp"
 """Column of micrometres per level-0 pixel."""
 
 _THREADS = 8
 """Slides opened side by side: on a network's disk opening is waiting."""
-
-_ONE_OF_EACH = "keep one of each"
 
 
 def parse_scale(row: RosterRow) -> float | None:
@@ -29,17 +27,7 @@ def parse_scale(row: RosterRow) -> float | None:
     Raises:
         InputError: it is no believable number.
     """
-    text = row.value(SCALE)
-    if text is None:
-        return None
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not MPP_RANGE[0] <= value <= MPP_RANGE[1]:
-        low, high = MPP_RANGE
-        raise InputError(f'{row.where}: mpp must be micrometres per pixel within {low}–{high}, not "{text}"')
-    return value
+    return parse_mpp(row.values.get(SCALE, ""), row.where)
 
 
 def look_inside(rows: Sequence[RosterRow]) -> tuple[list[Problem], list[Problem]]:
@@ -51,31 +39,35 @@ def look_inside(rows: Sequence[RosterRow]) -> tuple[list[Problem], list[Problem]
     if damaged:
         what = f"{count(len(damaged), 'slide')} cannot be read"
         problems.append(Problem(what, damaged, "replace the files, or leave them out"))
-    torn, doubled = _find_copies((row, fingerprint) for row, (_, fingerprint) in zip(rows, looked, strict=True))
+    fingerprints = [fingerprint for _, fingerprint in looked]
+    torn, doubled = find_copies(zip(rows, fingerprints, strict=True), lambda row: os.path.abspath(row.slide or ""))
     return [*problems, *torn], doubled
 
 
-def _find_copies(rows: Iterable[tuple[RosterRow, str]]) -> tuple[list[Problem], list[Problem]]:
-    """Pictures that are several patients', and pictures that one patient has twice; without a fingerprint, none."""
-    pictures: defaultdict[str, list[RosterRow]] = defaultdict(list)
+def find_copies(
+    rows: Iterable[tuple[RosterRow, str]], name: Callable[[RosterRow], str]
+) -> tuple[list[Problem], list[Problem]]:
+    """Pictures that are several patients' (they would be learned and tested on), and that one patient has twice.
+
+    Args:
+        rows: each with the fingerprint of its slide, which is empty where it is not known.
+        name: of the file or slide of a row: rows of one name are no copies, and told of elsewhere.
+    """
+    pictures: defaultdict[str, dict[str, RosterRow]] = defaultdict(dict)
     for row, fingerprint in rows:
         if fingerprint:
-            pictures[fingerprint].append(row)
-    torn: list[str] = []
-    doubled: list[str] = []
-    for same in pictures.values():
-        files = {os.path.abspath(row.slide or ""): row for row in same}
-        if len(files) > 1:  # one file in several rows is told of already
-            several = len({row.patient for row in files.values()}) > 1
-            (torn if several else doubled).append(", ".join(row.slide_id for row in files.values()))
-    found = (torn, "several patients"), (doubled, "one patient")
-    first, second = (
-        [Problem(f"{count(len(some), 'slide')} there more than once, as slides of {whose}", tuple(some), _ONE_OF_EACH)]
-        if some
-        else []
-        for some, whose in found
-    )
-    return first, second
+            pictures[fingerprint][name(row)] = row
+    copies = [list(same.values()) for same in pictures.values() if len(same) > 1]
+    torn = [same for same in copies if len({row.patient for row in same}) > 1]
+    doubled = [same for same in copies if same not in torn]
+    return _tell_copies(torn, "several patients"), _tell_copies(doubled, "one patient")
+
+
+def _tell_copies(copies: Sequence[Sequence[RosterRow]], whose: str) -> list[Problem]:
+    if not copies:
+        return []
+    what = f"{count(len(copies), 'slide')} there more than once, as slides of {whose}"
+    return [Problem(what, tuple(", ".join(row.slide_id for row in same) for same in copies), "keep one of each")]
 
 
 def _share_sizes(rows: Sequence[RosterRow]) -> list[bool]:

@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import csv
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 
 from wsi_engine.errors import InputError
-from wsi_engine.inputs import check_slide_id
+from wsi_engine.inputs import check_slide_id, place_slide
+from wsi_engine.places import Place, as_place
 from wsi_engine.slide import slide_name
+from wsi_engine.spreadsheet import Records, read_csv
 
 RosterSource: TypeAlias = "str | os.PathLike[str] | Iterable[Mapping[str, object]] | Roster"
 """What a roster is made of: a CSV or Parquet file, rows as mappings, a pandas data frame, or a roster."""
 
 PARQUET = (".parquet", ".pq")
 """Endings of Parquet files, in small letters."""
-
-_Records: TypeAlias = list[tuple[str, dict[str, str]]]
-"""Where each row stands, and its cells by column."""
 
 
 @dataclass(frozen=True)
@@ -67,8 +64,8 @@ class Roster:
         site, split).
 
         Args:
-            source: path of a CSV in UTF-8 or of a Parquet file, rows as mappings, a pandas data frame, or a roster,
-                which is returned.
+            source: path or URL of a CSV in UTF-8, path of a Parquet file, rows as mappings, a pandas data frame (an
+                index with a name is a column of it), or a roster, which is returned.
             root: folder that relative paths of slides start from; None for that of the file, or the working folder.
             faults: filled with a sentence for every row that names no slide or one that cannot name a store; such rows
                 are left out. None raises at the first.
@@ -80,12 +77,12 @@ class Roster:
         if isinstance(source, Roster):
             return source
         if isinstance(source, str | os.PathLike):
-            path = Path(source)
-            folder = path.parent if root is None else Path(root)
-            read = _read_parquet if path.suffix.lower() in PARQUET else _read_csv
-            return _from_records(str(path), *read(path), folder, faults)
-        to_dict = getattr(source, "to_dict", None)  # a data frame's
-        records = to_dict("records") if to_dict is not None else list(source)
+            place = as_place(source)
+            folder = place.parent if root is None else as_place(root)
+            if isinstance(place, Path) and place.suffix.lower() in PARQUET:
+                return _from_records(str(place), *_read_parquet(place), folder, faults)
+            return _from_records(str(place), *read_csv(place), folder, faults)
+        records = with_index(source).to_dict("records") if hasattr(source, "to_dict") else list(source)
         for at, record in enumerate(records, start=1):
             if not isinstance(record, Mapping):
                 raise InputError(f"row {at} of the cohort is a {type(record).__name__}, not columns and their values")
@@ -94,7 +91,7 @@ class Roster:
             (f"the cohort, row {at}", {str(name): cell_text(value) for name, value in record.items()})
             for at, record in enumerate(records, start=1)
         ]
-        return _from_records("the cohort", columns, texts, Path(root or ""), faults)
+        return _from_records("the cohort", columns, texts, as_place(root or ""), faults)
 
     def column(self, name: str) -> tuple[str | None, ...]:
         """What a column says of each slide, None where it is empty.
@@ -117,7 +114,7 @@ class Roster:
         return iter(self.rows)
 
 
-def _read_parquet(path: Path) -> tuple[tuple[str, ...], _Records]:
+def _read_parquet(path: Path) -> tuple[tuple[str, ...], Records]:
     """Columns of a Parquet file, and its rows."""
     from wsi_engine.cohorts.frames import read_parquet  # noqa: PLC0415 - pandas is optional
 
@@ -128,35 +125,8 @@ def _read_parquet(path: Path) -> tuple[tuple[str, ...], _Records]:
     ]
 
 
-def _read_csv(path: Path) -> tuple[tuple[str, ...], _Records]:
-    """Columns of a CSV, and its rows."""
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as stream:
-            cells = csv.reader(stream)
-            columns = tuple(name.strip() for name in next(cells, []))
-            # rows without a value, as spreadsheets leave them at the end, are none
-            rows = [(f"{path}, line {cells.line_num}", row) for row in cells if any(map(str.strip, row))]
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path} is not a CSV file in UTF-8: {error}") from error
-    twice = sorted({name for name in columns if name and columns.count(name) > 1})
-    if twice:
-        raise InputError(f"{path} has more than one column {', '.join(twice)}: rename or remove one")
-    for where, row in rows:
-        if any(map(str.strip, row[len(columns) :])):
-            raise InputError(
-                f"{where}: has {len(row)} cells and the header {len(columns)}; put texts with commas in quotes"
-            )
-    records = [
-        (where, {name: cell_text(value) for name, value in zip_longest(columns, row[: len(columns)]) if name})
-        for where, row in rows
-    ]
-    return tuple(filter(None, columns)), records
-
-
 def _from_records(
-    source: str, columns: tuple[str, ...], records: _Records, folder: Path, faults: list[str] | None
+    source: str, columns: tuple[str, ...], records: Records, folder: Place, faults: list[str] | None
 ) -> Roster:
     """A roster of records, each with where it stands; rows that cannot be used go to ``faults`` where that is given."""
     if records and not {"slide", "slide_id"} & set(columns):
@@ -174,15 +144,20 @@ def _from_records(
     return Roster(source, columns, tuple(rows))
 
 
-def _make_row(record: dict[str, str], folder: Path, where: str) -> RosterRow:
-    slide = record.get("slide", "")
+def _make_row(record: dict[str, str], folder: Place, where: str) -> RosterRow:
+    slide = place_slide(record["slide"], folder) if record.get("slide") else ""
     slide_id = record.get("slide_id", "") or (slide_name(slide) if slide else "")
     if not slide_id:
         raise InputError(f'{where}: names no slide; fill in "slide" or "slide_id"')
-    if slide and "://" not in slide:
-        slide = str(folder / slide)  # an absolute path stays as it is
     slide_id = check_slide_id(slide_id, where)
     return RosterRow(slide_id, slide or None, record.get("patient", "") or slide_id, record, where)
+
+
+def with_index(frame: Any) -> Any:
+    """A pandas data frame whose index, where that has a name, is a column; not where there is one of that name."""
+    names = getattr(getattr(frame, "index", None), "names", ())
+    kept = [level for level, name in enumerate(names) if name is not None and name not in frame.columns]
+    return frame.reset_index(kept) if kept else frame
 
 
 def cell_text(value: Any) -> str:
@@ -199,3 +174,5 @@ def _is_missing(value: Any) -> bool:
         return bool(value != value)  # noqa: PLR0124 - NaN alone differs from itself
     except TypeError:  # pandas.NA is neither equal nor different
         return True
+    except ValueError:  # an array, which Parquet can have in a cell
+        return False

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, TypeVar, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from wsi_engine.cohorts.findings import Problem, count, list_some
+from wsi_engine.cohorts.findings import Problem, count, find_torn, list_some
 from wsi_engine.cohorts.partition import Patients, deal_folds, draw_share, share_by_site, share_site_validation
 from wsi_engine.errors import InputError, SettingsError
 
@@ -186,15 +185,20 @@ def find_split_problems(
         yield from _site_problems(patients, _require(sites, "sites", len(labels)), least)
 
 
-def _column_problems(patients: Sequence[str], given: Sequence[str | None], column: str) -> Iterator[Problem]:
+def find_part_problems(patients: Sequence[str], given: Sequence[str | None], column: str) -> Iterator[Problem]:
+    """Values of a column of splits that mean no part, and patients in several parts."""
     unknown = sorted({value for value in given if value and _part(value) is None})
     if unknown:
         yield Problem(f'column "{column}" has unknown values', tuple(unknown), "write train, val or test")
-    parts = [_part(value) for value in given]
-    torn = _find_torn((patient, part) for patient, part in zip(patients, parts, strict=True) if part)
+    torn = find_torn(zip(patients, map(_part, given), strict=True))
     if torn:
         what = f'{count(len(torn), "patient")} in several parts of column "{column}"'
         yield Problem(what, torn, "put all slides of a patient in one part")
+
+
+def _column_problems(patients: Sequence[str], given: Sequence[str | None], column: str) -> Iterator[Problem]:
+    yield from find_part_problems(patients, given, column)
+    parts = [_part(value) for value in given]
     missing = [part for part in ("train", "val") if part not in parts]
     if missing:
         yield Problem(
@@ -207,7 +211,7 @@ def _site_problems(patients: Sequence[str], sites: Sequence[str], folds: int) ->
     unknown = sorted({patient for patient, site in zip(patients, sites, strict=True) if not site})
     if unknown:
         yield Problem(f"{count(len(unknown), 'patient')} without a site", tuple(unknown), "fill in the site")
-    torn = _find_torn((patient, site) for patient, site in zip(patients, sites, strict=True) if site)
+    torn = find_torn(zip(patients, sites, strict=True))
     if torn:
         cure = "give each one site, or split without sites"
         yield Problem(f"{count(len(torn), 'patient')} at several sites", torn, cure)
@@ -220,14 +224,6 @@ def _site_problems(patients: Sequence[str], sites: Sequence[str], folds: int) ->
             found,
             "take fewer folds, or split without sites",
         )
-
-
-def _find_torn(pairs: Iterable[tuple[str, str]]) -> tuple[str, ...]:
-    """The patients that have several values, with these."""
-    values: defaultdict[str, set[str]] = defaultdict(set)
-    for patient, value in pairs:
-        values[patient].add(value)
-    return tuple(f"{patient}: {', '.join(sorted(some))}" for patient, some in sorted(values.items()) if len(some) > 1)
 
 
 def _draw_by_lot(cohort: Patients, settings: SplitSettings) -> Iterator[_Parts]:

@@ -34,6 +34,7 @@ from wsi_engine.formats.elements import (
     write_mapping,
     write_text,
 )
+from wsi_engine.formats.keeping import import_each
 from wsi_engine.formats.records import TiledFeatures, keep_recorded, needed_columns
 from wsi_engine.predictions import read_lines
 from wsi_engine.store import FeatureStore, features_key
@@ -114,7 +115,7 @@ def import_anndata(folder: Path, out: Path) -> list[Path]:
         FormatError: the layout is another, something is damaged, or the slide and its scale are not told.
         StoreError: a store cannot be written or holds something else.
     """
-    return [_import_table(path, out) for path in list_zarr(folder)]
+    return import_each(list_zarr(folder), lambda path: _import_table(path, out))
 
 
 def _import_table(path: Path, out: Path) -> Path:
@@ -169,5 +170,7 @@ def read_prediction(path: Path | None, slide_id: str, count: int) -> dict[str, A
         return {}
     shares: NDArray[np.float64] = lines.probabilities()[rows].mean(axis=0)
     found: dict[str, Any] = {"prediction": (lines.classes[int(shares.argmax())],) * count}
-    names = [f"prob_{features_key(name)}" for name in lines.classes]
-    return found | {name: np.full(count, share) for name, share in zip(names, shares, strict=True)}
+    keys = [features_key(name) for name in lines.classes]
+    if len(set(keys)) < len(keys):  # classes that differ in signs alone that no name of a column has
+        keys = [str(number) for number in range(len(keys))]
+    return found | {f"prob_{key}": np.full(count, share) for key, share in zip(keys, shares, strict=True)}

@@ -9,27 +9,20 @@ Layout (Lu et al., Nature BME 2021; its public scripts)::
 
 from __future__ import annotations
 
+import io
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 from numpy.typing import NDArray
 
 from wsi_engine.errors import FormatError
-from wsi_engine.formats.hdf5 import (
-    check_number,
-    keep_imported,
-    list_slides,
-    read_array,
-    read_attrs,
-    reading,
-    write_attrs,
-    writing,
-)
+from wsi_engine.formats import hdf5
+from wsi_engine.formats.keeping import import_each
 from wsi_engine.grid import TileGrid
-from wsi_engine.store import FeatureStore, SlideRecord
+from wsi_engine.slide_record import SlideRecord
+from wsi_engine.store import FeatureStore
 
 
 @dataclass(frozen=True)
@@ -60,13 +53,15 @@ def export_clam(store: FeatureStore, out: Path, encoder: str | None = None, *, o
     origin = provenance.get("imported", {})
     attrs = origin.get("coords") if origin.get("format") == "clam" else None
     attrs = attrs or _coords_attrs(store.slide, grid, files.coords.parent)
-    with writing(files.coords, overwrite=overwrite) as temporary, h5py.File(temporary, "w") as file:
-        write_attrs(file.create_dataset("coords", data=grid.origins), attrs)
-    with writing(files.features, overwrite=overwrite) as temporary, h5py.File(temporary, "w") as file:
+    with hdf5.writing_hdf5(files.coords, overwrite=overwrite) as file:
+        hdf5.write_attrs(file.create_dataset("coords", data=grid.origins), attrs)
+    with hdf5.writing_hdf5(files.features, overwrite=overwrite) as file:
         file.create_dataset("features", data=features)
         file.create_dataset("coords", data=grid.origins.astype(np.int32))
-    with writing(files.tensor, overwrite=overwrite) as temporary:
-        torch.save(torch.from_numpy(features), temporary)
+    with hdf5.writing(files.tensor, overwrite=overwrite) as temporary:
+        image = io.BytesIO()
+        torch.save(torch.from_numpy(features), image)
+        temporary.write_bytes(image.getbuffer())
     return files
 
 
@@ -85,20 +80,20 @@ def import_clam(folder: Path, out: Path, encoder: str, slide_mpp: float | None =
     """
     if slide_mpp is None:
         raise FormatError(f"CLAM's files in {folder} do not say how large a pixel is: pass --slide-mpp")
-    mpp = check_number(slide_mpp, "--slide-mpp", folder)
+    mpp = hdf5.check_number(slide_mpp, "--slide-mpp", folder)
     if not (folder / "h5_files").is_dir() and (folder / "pt_files").is_dir():
-        slides = list_slides(folder / "pt_files", ".pt")
+        slides = hdf5.list_slides(folder / "pt_files", ".pt")
     else:
-        slides = list_slides(folder / "h5_files", ".h5")
-    return [_import_slide(folder, slide_id, out, encoder, mpp) for slide_id in slides]
+        slides = hdf5.list_slides(folder / "h5_files", ".h5")
+    return import_each(slides, lambda slide_id: _import_slide(folder, slide_id, out, encoder, mpp))
 
 
 def _import_slide(folder: Path, slide_id: str, out: Path, encoder: str, slide_mpp: float) -> Path:
     path = folder / "patches" / f"{slide_id}.h5"
-    with reading(path) as file:
-        laid = read_array(file, "coords", "iu", 2).astype(np.int64)
-        attrs = read_attrs(file["coords"])
-        tile_px = int(check_number(attrs["patch_size"], "patch_size", path))
+    with hdf5.reading(path) as file:
+        laid = hdf5.read_array(file, "coords", "iu", 2).astype(np.int64)
+        attrs = hdf5.read_attrs(file["coords"])
+        tile_px = int(hdf5.check_number(attrs["patch_size"], "patch_size", path))
         downsample = tuple(float(value) for value in np.broadcast_to(np.asarray(attrs["downsample"], float), 2))
         width, height = (round(n * d) for n, d in zip(attrs["level_dim"], downsample, strict=True))
     features, coords = _read_features(folder, slide_id, laid)
@@ -113,15 +108,15 @@ def _import_slide(folder: Path, slide_id: str, out: Path, encoder: str, slide_mp
         tile_size_level0=(tile_px * downsample[0], tile_px * downsample[1]),
         lattice_tiles=len(coords),
     )
-    return keep_imported(out, record, grid, encoder, features, {"format": "clam", "coords": attrs})
+    return hdf5.keep_imported(out, record, grid, encoder, features, {"format": "clam", "coords": attrs})
 
 
 def _read_features(folder: Path, slide_id: str, laid: NDArray[np.int64]) -> tuple[NDArray[Any], NDArray[np.int64]]:
     """Features and their coordinates; a bare tensor has none of its own."""
     if not (folder / "h5_files").is_dir():
         return _read_tensor(folder / "pt_files" / f"{slide_id}.pt"), laid
-    with reading(folder / "h5_files" / f"{slide_id}.h5") as file:
-        return read_array(file, "features", "f"), read_array(file, "coords", "iu", 2).astype(np.int64)
+    with hdf5.reading(folder / "h5_files" / f"{slide_id}.h5") as file:
+        return hdf5.read_array(file, "features", "f"), hdf5.read_array(file, "coords", "iu", 2).astype(np.int64)
 
 
 def _read_tensor(path: Path) -> NDArray[Any]:

@@ -48,14 +48,25 @@ def replacing_folder(path: Path, marks: Sequence[str], *, overwrite: bool) -> It
         path.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(draft, ignore_errors=True)
         yield draft
-        if path.exists():
-            os.replace(path, old)
-        os.replace(draft, path)
+        _take_place(draft, path, old)
     except OSError as error:
         raise FormatError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+
+
+def _take_place(draft: Path, path: Path, old: Path) -> None:
+    """Put the draft in the place of a folder, which is put back where that fails."""
+    there = path.exists()
+    if there:
+        os.replace(path, old)
+    try:
+        os.replace(draft, path)
+    except OSError:
+        if there:
+            os.replace(old, path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _refuse_to_replace(path: Path, marks: Sequence[str], *, overwrite: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
 from collections.abc import Iterator, Mapping
@@ -18,7 +19,7 @@ from wsi_engine.errors import FormatError, WsiError
 from wsi_engine.formats.keeping import keep_features
 from wsi_engine.formats.probe import check_hdf5
 from wsi_engine.grid import TileGrid
-from wsi_engine.store import SlideRecord
+from wsi_engine.slide_record import SlideRecord
 
 _SMALL = 1 << 26
 """Bytes of a dataset that is never doubted."""
@@ -56,10 +57,24 @@ def writing(path: Path, *, overwrite: bool) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         os.replace(temporary, path)
-    except OSError as error:
-        raise FormatError(f"cannot write {path}: {error.strerror or error}") from error
+    except (OSError, RuntimeError) as error:  # what HDF5 and torch raise
+        reason = (getattr(error, "strerror", None) or str(error) or type(error).__name__).splitlines()[0]
+        raise FormatError(f"cannot write {path}: {reason}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def writing_hdf5(path: Path, *, overwrite: bool) -> Iterator[h5py.File]:
+    """A new HDF5 file that takes the place of ``path`` when the block ends well.
+
+    It is made in memory first: where a disk is full, HDF5's library can crash the process, long after the error.
+    """
+    with writing(path, overwrite=overwrite) as temporary:
+        image = io.BytesIO()
+        with h5py.File(image, "w") as file:
+            yield file
+        temporary.write_bytes(image.getbuffer())
 
 
 def read_array(file: h5py.File, name: str, kinds: str, columns: int | None = None) -> NDArray[Any]:

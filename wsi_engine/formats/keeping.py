@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from wsi_engine.cohorts.findings import list_some
 from wsi_engine.encoders.base import EncoderCard
-from wsi_engine.errors import FormatError, InputError, MismatchError
+from wsi_engine.errors import FormatError, InputError, MismatchError, PartialImportError, SettingsError, WsiError
 from wsi_engine.grid import TileGrid
 from wsi_engine.inputs import check_slide_id
-from wsi_engine.store import FeatureStore, SlideRecord
+from wsi_engine.slide_record import SlideRecord
+from wsi_engine.store import FeatureStore
 from wsi_engine.writer import FeatureIdentity, write_features
+
+T = TypeVar("T")
 
 _MOST_PX = 2**40
 """Level-0 pixels from the slide's corner that no tile lies beyond."""
@@ -60,6 +65,38 @@ def keep_features(
     precision, exact = str(made.get("precision", "imported")), bool(made.get("exact_resample", False))
     write_features(store, FeatureIdentity(card, name, store.grid(name), precision, dtype, exact), features, attrs)
     return path
+
+
+def import_each(items: Sequence[T], keep: Callable[[T], Path]) -> list[Path]:
+    """Import slide after slide; one that cannot be imported does not stop the others.
+
+    Args:
+        items: what the slides are read from.
+        keep: reads one of them, and returns its store.
+
+    Raises:
+        PartialImportError: some of several could not be imported; the message says why of the first three.
+        SettingsError: a package is missing.
+        WsiError: the only one could not be imported.
+    """
+    done: list[Path] = []
+    reasons: list[str] = []
+    for item in items:
+        try:
+            done.append(keep(item))
+        except SettingsError:
+            raise
+        except WsiError as error:
+            if len(items) == 1:
+                raise
+            reasons.append(str(error))
+    if reasons:
+        raise PartialImportError(
+            f"{len(reasons)} of {len(items)} slides were not imported ({list_some(reasons, 3, '; ')}): mend or remove "
+            "their files and import again",
+            done,
+        )
+    return done
 
 
 def _name_grid(grid: TileGrid) -> str:

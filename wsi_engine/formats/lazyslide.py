@@ -24,7 +24,7 @@ from wsi_engine.formats.elements import read_values
 from wsi_engine.formats.hdf5 import check_number, keep_imported
 from wsi_engine.formats.polygons import read_polygons
 from wsi_engine.grid import TileGrid
-from wsi_engine.store import SlideRecord
+from wsi_engine.slide_record import SlideRecord
 
 
 def keep_lazyslide(

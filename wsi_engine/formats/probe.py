@@ -20,6 +20,7 @@ SECONDS = 15.0
 """Longest that one file may take."""
 
 _STARTING = 120.0
+_READY = b"ready\n"
 
 
 class _Prober:
@@ -30,7 +31,11 @@ class _Prober:
         self._child: subprocess.Popen[bytes] | None = None
 
     def check(self, path: Path) -> str:
-        """Why a file cannot be read; empty where nothing speaks against it."""
+        """Why a file cannot be read; empty where nothing speaks against it.
+
+        Raises:
+            FormatError: the other process cannot be started.
+        """
         with self._lock:
             stdin, stdout = self._start()
             try:
@@ -48,9 +53,17 @@ class _Prober:
         child = self._child
         if child is None or child.poll() is not None:
             pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-            child = self._child = subprocess.Popen([sys.executable, "-I", __file__], **pipes)
+            # -P: this folder has modules named like packages; PYTHONPATH counts, for it may be how h5py is found
+            child = self._child = subprocess.Popen([sys.executable, "-P", __file__], **pipes)
             assert child.stdout is not None
-            _answer(child.stdout, _STARTING)
+            if _answer(child.stdout, _STARTING) != _READY:
+                from wsi_engine.errors import FormatError  # noqa: PLC0415 - the other process needs this file alone
+
+                self.stop()
+                raise FormatError(
+                    f"cannot start {sys.executable} to look through HDF5 files before they are read: see that it can "
+                    "import h5py"
+                )
         assert child.stdin is not None
         assert child.stdout is not None
         return child.stdin, child.stdout
@@ -70,6 +83,7 @@ def check_hdf5(path: Path) -> None:
     """Look through a file in another process.
 
     Raises:
+        FormatError: the other process cannot be started.
         ValueError: HDF5's library crashes on it, or does not come to an end; damage of other kinds passes.
     """
     reason = _PROBER.check(path)
@@ -88,7 +102,7 @@ def _serve() -> None:
     """The other process's side."""
     import h5py  # noqa: PLC0415 - only this side needs it here
 
-    os.write(1, b"ready\n")
+    os.write(1, _READY)
     for line in sys.stdin.buffer:
         with suppress(Exception), h5py.File(json.loads(line), "r") as file:  # the reader itself will say it better
             _look_through(file)

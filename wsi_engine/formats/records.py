@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from wsi_engine.encoders.base import EncoderCard
 from wsi_engine.formats.keeping import keep_features
 from wsi_engine.grid import TileGrid
-from wsi_engine.store import FeatureStore, SlideRecord, features_key
+from wsi_engine.slide_record import SlideRecord
+from wsi_engine.store import FeatureStore, features_key
 from wsi_engine.version import __version__
 
 RECORD_VERSION = 1

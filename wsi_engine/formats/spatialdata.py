@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from wsi_engine.errors import FormatError
 from wsi_engine.formats.anndata import REGION, keep_table, list_zarr, read_prediction, write_table
 from wsi_engine.formats.elements import open_foreign, read_text, reading_zarr, replacing_folder
+from wsi_engine.formats.keeping import import_each
 from wsi_engine.formats.lazyslide import keep_lazyslide
 from wsi_engine.formats.polygons import frame_tiles, read_polygons, write_polygons
 from wsi_engine.formats.records import TiledFeatures
@@ -56,18 +57,10 @@ def export_spatialdata(
 
     ``spatialdata.read_zarr`` reads it, and LazySlide beside its slide; coordinates are level-0 pixels.
 
-    Args:
-        store: the slide.
-        out: folder to write to.
-        encoder: whose features; None for the only ones there are.
-        predictions: ``predictions.csv`` of ``wsi classify`` or ``wsi train``; the slide's row becomes columns.
-        overwrite: replace a SpatialData folder that exists.
+    Arguments and errors are those of :func:`~wsi_engine.formats.anndata.export_anndata`.
 
     Raises:
         SettingsError: pyarrow is not installed.
-        StoreError: the store has no (complete) features of that encoder.
-        InputError: the table of predictions cannot be read.
-        FormatError: the folder exists and ``overwrite`` is off, or cannot be written.
     """
     tiles = TiledFeatures.gather(store, encoder)
     extra = read_prediction(predictions, store.slide.name, len(tiles.grid))
@@ -100,23 +93,21 @@ def import_spatialdata(
         folder: a SpatialData folder (``.zarr``), or a folder of them.
         out: folder of the stores.
         encoder: whose features; None for all there are.
-        slide_mpp: micrometres per level-0 pixel, where LazySlide did not know it.
+        slide_mpp: micrometres per level-0 pixel, where LazySlide did not know it; not for folders of this engine.
 
     Raises:
         SettingsError: pyarrow is needed and not installed.
         FormatError: the layout is another, or something is damaged.
         StoreError: a store cannot be written or holds something else.
     """
-    return [_import_folder(path, out, encoder, slide_mpp) for path in list_zarr(folder)]
+    return import_each(list_zarr(folder), lambda path: _import_folder(path, out, encoder, slide_mpp))
 
 
 def _import_folder(path: Path, out: Path, encoder: str | None, slide_mpp: float | None) -> Path:
     with reading_zarr(path):
         root = open_foreign(path)
         tables = root.get("tables")
-        names = sorted(tables.group_keys()) if isinstance(tables, zarr.Group) else []
-        wanted = f"{features_key(encoder)}_" if encoder else ""
-        names = [name for name in names if name.startswith(wanted)]
+        names = _list_tables(root, tables, encoder) if isinstance(tables, zarr.Group) else []
         if not names or not isinstance(tables, zarr.Group):
             raise FormatError(f"{path} holds no table of features{f' of {encoder}' if encoder else ''}")
         kept: Path | None = None
@@ -125,12 +116,24 @@ def _import_folder(path: Path, out: Path, encoder: str | None, slide_mpp: float 
             if not isinstance(table, zarr.Group):
                 raise ValueError(f"the table {name} is no group")
             if read_text(table, f"uns/{_OURS}/record") is not None:
+                if slide_mpp is not None:
+                    raise FormatError(f"{path} says itself how large a pixel is: leave out --slide-mpp")
                 kept = keep_table(table, path, out, "spatialdata")
             else:
                 kept = keep_lazyslide(root, table, name, path, out, slide_mpp)
         assert kept is not None
         _import_nuclei(root, path, kept)
         return kept
+
+
+def _list_tables(root: zarr.Group, tables: zarr.Group, encoder: str | None) -> list[str]:
+    """Names of the tables of features of an encoder, or of all, sorted; each is named after its tiles as well."""
+    names = sorted(tables.group_keys())
+    if encoder is None:
+        return names
+    tiles = {REGION, *(json.loads(json.dumps(dict(root.attrs))).get("tile_spec") or {})}
+    wanted = {f"{key}_{shapes}" for key in (encoder, features_key(encoder)) for shapes in tiles}
+    return [name for name in names if name in wanted]
 
 
 def _root_attributes(tiles: TiledFeatures) -> dict[str, Any]:

@@ -14,24 +14,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 from numpy.typing import NDArray
 from zarr.codecs import Crc32cCodec
 
+from wsi_engine.arrays import storing
 from wsi_engine.errors import FormatError
-from wsi_engine.formats.hdf5 import (
-    check_number,
-    keep_imported,
-    list_slides,
-    read_array,
-    read_attrs,
-    reading,
-    write_attrs,
-    writing,
-)
+from wsi_engine.formats import hdf5
+from wsi_engine.formats.keeping import import_each
 from wsi_engine.grid import TileGrid
-from wsi_engine.store import FeatureStore, SlideRecord, features_key, storing
+from wsi_engine.slide_record import SlideRecord
+from wsi_engine.store import FeatureStore, features_key
 from wsi_engine.version import __version__
 
 LAYOUT = "2.1.0"
@@ -67,10 +60,10 @@ def export_stamp(store: FeatureStore, out: Path, encoder: str | None = None, *, 
     if origin.get("format") == "stamp":
         coords, attrs = _kept_coords(store, provenance["grid"], coords), dict(origin["coords"])
     path = out / features_key(name) / f"{store.slide.name}.h5"
-    with writing(path, overwrite=overwrite) as temporary, h5py.File(temporary, "w") as file:
+    with hdf5.writing_hdf5(path, overwrite=overwrite) as file:
         file.create_dataset("coords", data=coords)
         file.create_dataset("feats", data=features)
-        write_attrs(file, attrs)
+        hdf5.write_attrs(file, attrs)
     return StampFiles(path)
 
 
@@ -91,27 +84,27 @@ def import_stamp(folder: Path, out: Path, encoder: str | None = None, slide_mpp:
     """
     if slide_mpp is None:
         raise FormatError(f"STAMP's files in {folder} do not say how large a pixel is: pass --slide-mpp")
-    mpp = check_number(slide_mpp, "--slide-mpp", folder)
+    mpp = hdf5.check_number(slide_mpp, "--slide-mpp", folder)
     found: dict[str, Path] = {}
     for place in [folder, *sorted(path for path in folder.rglob("*") if path.is_dir() and not path.is_symlink())]:
-        for slide_id in list_slides(place, ".h5", needed=False):
+        for slide_id in hdf5.list_slides(place, ".h5", needed=False):
             if slide_id in found:
                 raise FormatError(f"{folder} holds {slide_id}.h5 twice ({found[slide_id].parent}, {place}): name one")
             found[slide_id] = place / f"{slide_id}.h5"
     if not found:
         raise FormatError(f"{folder} holds no *.h5 file: pass the folder that the other tool wrote")
-    return [_import_slide(path, slide_id, out, encoder, mpp) for slide_id, path in sorted(found.items())]
+    return import_each(sorted(found.items()), lambda one: _import_slide(one[1], one[0], out, encoder, mpp))
 
 
 def _import_slide(path: Path, slide_id: str, out: Path, encoder: str | None, slide_mpp: float) -> Path:
-    with reading(path) as file:
-        attrs = read_attrs(file)
+    with hdf5.reading(path) as file:
+        attrs = hdf5.read_attrs(file)
         if attrs.get("feat_type", "tile") != "tile" or attrs.get("unit", "um") != "um":
             raise ValueError(f"features of a {attrs.get('feat_type')} in {attrs.get('unit')}, not of tiles in um")
-        features = read_array(file, "feats", "f")
-        coords = read_array(file, "coords", "f", 2)
-        side_um = check_number(attrs.get("tile_size_um", attrs.get("tile_size")), "tile_size_um", path)
-        tile_px = int(check_number(attrs["tile_size_px"], "tile_size_px", path))
+        features = hdf5.read_array(file, "feats", "f")
+        coords = hdf5.read_array(file, "coords", "f", 2)
+        side_um = hdf5.check_number(attrs.get("tile_size_um", attrs.get("tile_size")), "tile_size_um", path)
+        tile_px = int(hdf5.check_number(attrs["tile_size_px"], "tile_size_px", path))
         name = encoder or str(attrs["extractor"])
         origins = _pixels(coords, slide_mpp)
     side = side_um / slide_mpp
@@ -125,7 +118,7 @@ def _import_slide(path: Path, slide_id: str, out: Path, encoder: str | None, sli
         tile_size_level0=(side, side),
         lattice_tiles=len(origins),
     )
-    kept = keep_imported(out, record, grid, name, features, {"format": "stamp", "coords": attrs})
+    kept = hdf5.keep_imported(out, record, grid, name, features, {"format": "stamp", "coords": attrs})
     _keep_coords(FeatureStore.create(kept, record), name, coords)
     return kept
 
@@ -157,9 +150,10 @@ def _keep_coords(store: FeatureStore, encoder: str, coords: NDArray[Any]) -> Non
 
 
 def _kept_coords(store: FeatureStore, grid: str, otherwise: NDArray[np.float32]) -> NDArray[Any]:
-    group = store.group(f"tiles/{grid}")
+    kept = f"tiles/{grid}/{KEPT}"
     with storing(store.path):
-        return np.asarray(group[KEPT][...]) if KEPT in group else otherwise  # type: ignore[index]
+        there = (store.place / kept / "zarr.json").exists()
+    return store.read(kept) if there else otherwise
 
 
 def _file_attrs(encoder: str, grid: TileGrid) -> dict[str, Any]:

@@ -13,26 +13,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 from numpy.typing import NDArray
 
 from wsi_engine.errors import FormatError
-from wsi_engine.formats.hdf5 import (
-    check_number,
-    keep_imported,
-    list_slides,
-    read_array,
-    read_attrs,
-    reading,
-    write_attrs,
-    writing,
-)
+from wsi_engine.formats import hdf5
+from wsi_engine.formats.keeping import import_each
 from wsi_engine.grid import TileGrid
-from wsi_engine.store import FeatureStore, SlideRecord, features_key
+from wsi_engine.slide_record import SlideRecord
+from wsi_engine.store import FeatureStore, features_key
 
 UM_PER_PX_AT_1X = 10.0
 """TRIDENT's convention: 20x is 0.5 µm per pixel."""
+
+_OBJECTIVES = (1, 2, 5, 10, 20, 40, 60, 80)
+"""Magnifications that there are."""
 
 
 @dataclass(frozen=True)
@@ -48,11 +43,13 @@ def export_trident(
 ) -> TridentFiles:
     """Write a store's coordinates and features as TRIDENT does.
 
-    Features keep their type. A grid that came from TRIDENT gets its own attributes back.
+    Features keep their type. A grid that came from TRIDENT gets its own attributes back. Coordinates are shared by all
+    encoders of a job folder, and written where they are not there yet.
 
     Raises:
         StoreError: the store has no (complete) features of that encoder.
-        FormatError: a file exists and ``overwrite`` is off, or cannot be written.
+        FormatError: the features exist, or coordinates of other tiles, and ``overwrite`` is off, or a file cannot be
+            written.
     """
     provenance = store.provenance(encoder)
     name = provenance["encoder"]["name"]
@@ -66,13 +63,34 @@ def export_trident(
     files = TridentFiles(job / "patches" / f"{slide_id}_patches.h5", folder / f"{slide_id}.h5")
     attrs = origin.get("coords") if origin.get("format") == "trident" else None
     attrs = attrs or _coords_attrs(store.slide, grid, files.coords.parent)
-    for path in (files.coords, files.features):
-        with writing(path, overwrite=overwrite) as temporary, h5py.File(temporary, "w") as file:
-            if path is files.features:
-                data = file.create_dataset("features", data=features)
-                write_attrs(data, {"name": slide_id, "savetodir": str(path.parent), "encoder": name})
-            write_attrs(file.create_dataset("coords", data=grid.origins), attrs)
+    _write_coords(files.coords, grid, attrs, overwrite=overwrite)
+    with hdf5.writing_hdf5(files.features, overwrite=overwrite) as file:
+        data = file.create_dataset("features", data=features)
+        hdf5.write_attrs(data, {"name": slide_id, "savetodir": str(folder), "encoder": name})
+        hdf5.write_attrs(file.create_dataset("coords", data=grid.origins), attrs)
     return files
+
+
+def _write_coords(path: Path, grid: TileGrid, attrs: dict[str, Any], *, overwrite: bool) -> None:
+    """Write coordinates, or leave those of another encoder's export, which must be the same."""
+    if path.exists():
+        if _holds_coords(path, grid, attrs):
+            return
+        if not overwrite:
+            raise FormatError(f"{path} holds other tiles: choose another folder, or pass --overwrite")
+    with hdf5.writing_hdf5(path, overwrite=True) as file:
+        hdf5.write_attrs(file.create_dataset("coords", data=grid.origins), attrs)
+
+
+def _holds_coords(path: Path, grid: TileGrid, attrs: dict[str, Any]) -> bool:
+    """Whether a file holds these coordinates with these attributes, wherever it was first written."""
+    try:
+        with hdf5.reading(path) as file:
+            origins, found = hdf5.read_array(file, "coords", "iu", 2), hdf5.read_attrs(file["coords"])
+    except FormatError:
+        return False
+    here = {"savetodir": attrs.get("savetodir")}
+    return np.array_equal(origins, grid.origins) and found | here == attrs | here
 
 
 def import_trident(folder: Path, out: Path, encoder: str | None = None, slide_mpp: float | None = None) -> list[Path]:
@@ -92,18 +110,19 @@ def import_trident(folder: Path, out: Path, encoder: str | None = None, slide_mp
         StoreError: a store cannot be written or holds something else.
     """
     features = _features_folder(folder, encoder)
-    return [_import_slide(features, slide_id, out, slide_mpp) for slide_id in list_slides(features, ".h5")]
+    slides = hdf5.list_slides(features, ".h5")
+    return import_each(slides, lambda slide_id: _import_slide(features, slide_id, out, slide_mpp))
 
 
 def _import_slide(folder: Path, slide_id: str, out: Path, slide_mpp: float | None) -> Path:
     path = folder / f"{slide_id}.h5"
-    with reading(path) as file:
-        features = read_array(file, "features", "f")
-        coords = read_array(file, "coords", "iu", 2)
-        attrs = read_attrs(file["coords"])
-        encoder = str(read_attrs(file["features"]).get("encoder", folder.name.removeprefix("features_")))
-        mpp = UM_PER_PX_AT_1X / check_number(attrs["level0_magnification"], "level0_magnification", path)
-        mpp = mpp if slide_mpp is None else check_number(slide_mpp, "--slide-mpp", path)
+    with hdf5.reading(path) as file:
+        features = hdf5.read_array(file, "features", "f")
+        coords = hdf5.read_array(file, "coords", "iu", 2)
+        attrs = hdf5.read_attrs(file["coords"])
+        encoder = str(hdf5.read_attrs(file["features"]).get("encoder", folder.name.removeprefix("features_")))
+        mpp = UM_PER_PX_AT_1X / hdf5.check_number(attrs["level0_magnification"], "level0_magnification", path)
+        mpp = mpp if slide_mpp is None else hdf5.check_number(slide_mpp, "--slide-mpp", path)
         record = SlideRecord(
             name=slide_id,
             fingerprint="",
@@ -114,17 +133,17 @@ def _import_slide(folder: Path, slide_id: str, out: Path, slide_mpp: float | Non
             reader="",
         )
         grid = _read_grid(coords, attrs, path)
-    return keep_imported(out, record, grid, encoder, features, {"format": "trident", "coords": attrs})
+    return hdf5.keep_imported(out, record, grid, encoder, features, {"format": "trident", "coords": attrs})
 
 
 def _read_grid(coords: NDArray[Any], attrs: dict[str, Any], path: Path) -> TileGrid:
-    tile_px = int(check_number(attrs["patch_size"], "patch_size", path))
-    side = check_number(attrs["patch_size_level0"], "patch_size_level0", path)
+    tile_px = int(hdf5.check_number(attrs["patch_size"], "patch_size", path))
+    side = hdf5.check_number(attrs["patch_size_level0"], "patch_size_level0", path)
     return TileGrid(
         origins=coords.astype(np.int64),
         tile_px=tile_px,
         stride_px=tile_px - int(attrs["overlap"]),
-        mpp=UM_PER_PX_AT_1X / check_number(attrs["target_magnification"], "target_magnification", path),
+        mpp=UM_PER_PX_AT_1X / hdf5.check_number(attrs["target_magnification"], "target_magnification", path),
         tile_size_level0=(side, side),
         lattice_tiles=len(coords),
     )
@@ -147,7 +166,7 @@ def _coords_attrs(slide: SlideRecord, grid: TileGrid, folder: Path) -> dict[str,
 
 def _features_folder(folder: Path, encoder: str | None) -> Path:
     if encoder:
-        return folder / f"features_{encoder}"
+        return folder / f"features_{features_key(encoder)}"
     there = sorted(path for path in folder.glob("features_*") if path.is_dir())
     if len(there) != 1:
         names = ", ".join(path.name for path in there) or "none"
@@ -156,8 +175,9 @@ def _features_folder(folder: Path, encoder: str | None) -> Path:
 
 
 def _whole(magnification: float) -> int | float:
-    """A magnification as TRIDENT writes it: a whole number where it is one within 5 %, as for 0.2525 µm (40x)."""
-    return round(magnification) if abs(magnification - round(magnification)) < 0.05 * magnification else magnification
+    """A magnification as TRIDENT writes it: that of an objective where it is one within 5 %, as for 0.2525 µm (40x)."""
+    near = min(_OBJECTIVES, key=lambda power: abs(power - magnification))
+    return near if abs(near - magnification) < 0.05 * near else magnification
 
 
 def _number(value: float) -> str:

@@ -16,6 +16,7 @@ from wsi_engine.cohorts.roster import Roster, RosterRow, RosterSource
 from wsi_engine.cohorts.states import CohortStatus, read_status
 from wsi_engine.errors import InputError
 from wsi_engine.inputs import SlideSource
+from wsi_engine.places import Place, as_place
 from wsi_engine.studies.places import STORES, find_run, place_predictions, place_run
 from wsi_engine.studies.selection import Selection, choose_places
 
@@ -66,9 +67,11 @@ class Cohort:
         one), ``split`` (train, val, test). Any others are labels or clinical values.
 
         Args:
-            source: a CSV in UTF-8, a Parquet file, rows as mappings, a pandas data frame, or a roster.
+            source: a CSV in UTF-8 or its URL, a Parquet file, rows as mappings, a pandas data frame (an index with a
+                name is a column of it), or a roster.
             root: folder that relative paths of slides start from; None for the file's own, or the working folder.
-            out: folder of the results; None for ``wsi`` in the file's folder, or in ``root``.
+            out: folder of the results; None for ``wsi`` in the file's folder, or in ``root``; in the working folder
+                where that is by URL.
 
         Raises:
             InputError: it cannot be read, is empty, or has no column that names slides. Rows that cannot be used are
@@ -77,7 +80,8 @@ class Cohort:
         """
         faults: list[str] = []
         roster = Roster.read(source, root, faults)
-        beside = Path(source).parent if isinstance(source, str | os.PathLike) else Path(root or "")
+        folder = as_place(source).parent if isinstance(source, str | os.PathLike) else as_place(root or "")
+        beside = folder if isinstance(folder, Path) else Path()
         return cls(roster, beside / STORES if out is None else Path(out), tuple(faults))
 
     @classmethod
@@ -136,7 +140,7 @@ class Cohort:
         Args:
             jobs: what there should be, as ``features/resnet50``, ``attention/run`` or ``nuclei/stain``, beside what
                 there is of any slide.
-            out: folder of the stores, where it is not the cohort's.
+            out: folder of the stores, or its URL, where it is not the cohort's.
 
         Raises:
             InputError: the folder cannot be read.
@@ -155,7 +159,7 @@ class Cohort:
 
         Args:
             encoder: name of an encoder, or one already loaded.
-            out: folder of the stores, where it is not the cohort's.
+            out: folder of the stores, or its URL, where it is not the cohort's.
             strict: refuse a cohort with problems; else slides that are not there fail one by one.
             options: of that function.
 
@@ -183,7 +187,7 @@ class Cohort:
             label: column of the labels.
             head: ``clam_sb``, ``clam_mb``, ``abmil``, ``dsmil``, ``transmil`` or ``mean``.
             run: folder of the run, or a name for one in ``<out>/runs``; None for ``<label>-<head>`` there.
-            out: folder of the stores, where it is not the cohort's.
+            out: folder of the stores, or its URL, where it is not the cohort's.
             strict: refuse a cohort with rows that cannot be used; else these are left out.
             options: of that function.
 
@@ -196,7 +200,7 @@ class Cohort:
         if strict and self.faults:
             self.check(open_slides=False).require()
         folder = self._folder(out)
-        place = place_run(folder, f"{_file_name(label)}-{head}" if run is None else run)
+        place = place_run(self._desk(out), f"{_file_name(label)}-{head}" if run is None else run)
         return train_head(self.roster, folder, label, place, head=head, **options)
 
     def classify(
@@ -213,7 +217,7 @@ class Cohort:
         Args:
             model: folder of a run, or the name of one in ``<out>/runs``; None for the only one there.
             predictions: folder of the results; None for ``<out>/predictions/<run>``.
-            out: folder of the stores, where it is not the cohort's.
+            out: folder of the stores, or its URL, where it is not the cohort's.
             strict: refuse a cohort with problems; slides of which only the id is known are taken from their stores.
             options: of that function.
 
@@ -224,10 +228,11 @@ class Cohort:
         from wsi_engine.classification.slides import classify  # noqa: PLC0415
 
         folder = self._folder(out)
-        run = find_run(folder, model)
+        desk = self._desk(out)
+        run = find_run(desk, model)
         if run is None:
-            raise InputError(f"{folder} holds no training run: train first, or name the folder of a run")
-        place = place_predictions(folder, run) if predictions is None else predictions
+            raise InputError(f"{desk} holds no training run: train first, or name the folder of a run")
+        place = place_predictions(desk, run) if predictions is None else predictions
         sources = self._sources(strict, bare=True)
         bare = [folder / f"{row.slide_id}.zarr" for row in self.roster if not row.slide]
         return classify([*sources, *bare], run, place, features=folder, **options)
@@ -244,7 +249,7 @@ class Cohort:
 
         Args:
             model: ``builtin``, a method's name, a file of weights, or a method.
-            out: folder of the stores, where it is not the cohort's.
+            out: folder of the stores, or its URL, where it is not the cohort's.
             strict: refuse a cohort with problems; else slides that are not there fail one by one.
             options: of that function.
 
@@ -272,7 +277,7 @@ class Cohort:
             run: whose predictions; None for the only run there is.
             nuclei: whose nuclei, by method; None for the only ones there are.
             encoder: whose tiles are counted; None for the only encoder there is.
-            out: folder of the stores, where it is not the cohort's.
+            out: folder of the stores, or its URL, where it is not the cohort's.
 
         Raises:
             InputError: there are several runs, methods or encoders and none was named, or a column of the cohort has
@@ -282,10 +287,17 @@ class Cohort:
         """
         from wsi_engine.studies.table import make_table  # noqa: PLC0415
 
-        return make_table(self.roster, self._folder(out), by, run=run, nuclei=nuclei, encoder=encoder)
+        return make_table(
+            self.roster, self._desk(out), by, run=run, nuclei=nuclei, encoder=encoder, stores=self._folder(out)
+        )
 
-    def _folder(self, out: Folder | None) -> Path:
-        return self.out if out is None else Path(out)
+    def _folder(self, out: Folder | None) -> Place:
+        return self.out if out is None else as_place(out)
+
+    def _desk(self, out: Folder | None) -> Path:
+        """Where runs and predictions are: with the stores, unless these are kept by URL."""
+        folder = self._folder(out)
+        return folder if isinstance(folder, Path) else self.out
 
     def _sources(self, strict: bool, bare: bool = False) -> list[SlideSource]:
         """The slides that are named, to be worked on; ``bare`` allows some of which only the id is known."""

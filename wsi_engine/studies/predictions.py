@@ -14,7 +14,7 @@ from wsi_engine.cohorts.roster import Roster
 from wsi_engine.errors import InputError, ModelError
 from wsi_engine.evaluation.cases import gather_cases
 from wsi_engine.predictions import SHARE, read_lines
-from wsi_engine.runs import RunFolder
+from wsi_engine.runs import RunFolder, RunRecord
 from wsi_engine.studies.places import place_predictions
 
 PREDICTION, SOURCE = "prediction", "prediction_from"
@@ -32,12 +32,12 @@ def gather_predictions(roster: Roster, out: Path, run: Path) -> dict[str, Row]:
 
     Raises:
         ModelError: the run cannot be read.
-        InputError: its predictions cannot be read, or are of other classes than the run.
+        InputError: its predictions cannot be read, or are of another model than the run.
     """
     folder = RunFolder(run)
-    classes = folder.read_record().classes
+    record = folder.read_record()
     known = _read_trained(folder)
-    found = _read_classified(place_predictions(out, run) / "predictions.csv", classes, known)
+    found = _read_classified(place_predictions(out, run) / "predictions.csv", folder, record, known)
     if folder.predictions_file.is_file():
         found |= _read_held_out(run)
     return {row.slide_id: found[row.slide_id] for row in roster if row.slide_id in found}
@@ -53,12 +53,16 @@ def _read_held_out(run: Path) -> dict[str, Row]:
     }
 
 
-def _read_classified(path: Path, classes: tuple[str, ...], trained: frozenset[str]) -> dict[str, Row]:
+def _read_classified(path: Path, run: RunFolder, record: RunRecord, trained: frozenset[str]) -> dict[str, Row]:
+    """What the heads of the run said of slides, as ``classify`` wrote it."""
     if not path.is_file():
         return {}
-    lines = read_lines(path, ("slide_id",))
-    if lines.classes != classes:
-        raise InputError(f"{path} is of other classes than the run: classify again, into another folder")
+    lines = read_lines(path, ("slide_id", "model"))
+    classes = record.classes
+    # heads that are still to be trained have said nothing yet
+    digest = run.model_digest(record.folds) if record.complete else None
+    if lines.classes != classes or set(lines.column("model")) - {digest}:
+        raise InputError(f"{path} is of another model than the run {run.path}: delete it and classify again")
     doubts = lines.numbers("disagreement") if "disagreement" in lines.columns else [None] * len(lines.slide_ids)
     return {
         slide_id: _make_row(classes, shares, doubt, SEEN if slide_id in trained else UNSEEN)

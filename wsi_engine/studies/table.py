@@ -14,6 +14,7 @@ from wsi_engine.cohorts.inventory import read_node, survey_stores
 from wsi_engine.cohorts.roster import Roster
 from wsi_engine.errors import InputError, SettingsError
 from wsi_engine.nuclei.keeping import stored_nuclei, summarise_nuclei
+from wsi_engine.places import Place, as_place
 from wsi_engine.predictions import SHARE
 from wsi_engine.store import FeatureStore, features_key
 from wsi_engine.studies.places import find_run
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     import pandas
 
 _THREADS = 8
+
+_SLIDES = "slides"
+"""Column that counts the slides of a patient."""
 
 _SUMMED = ("tiles", "tissue_mm2", "nuclei_count", "nuclei_tissue_mm2")
 """Columns that add up over the slides of a patient; other numbers are averaged."""
@@ -38,6 +42,7 @@ def make_table(
     run: str | os.PathLike[str] | None = None,
     nuclei: str | None = None,
     encoder: str | None = None,
+    stores: str | os.PathLike[str] | None = None,
 ) -> pandas.DataFrame:
     """The cohort's columns joined to the results of every slide; what a slide does not have is NaN or None.
 
@@ -55,6 +60,15 @@ def make_table(
     By patient, areas and counts are summed, densities taken of the sums, other numbers averaged over slides, and texts
     kept where all slides of the patient say the same; ``slides`` counts them.
 
+    Args:
+        roster: the cohort.
+        out: folder of the results.
+        by: what a row is of.
+        run: whose predictions; None for the only run there is.
+        nuclei: whose nuclei, by method; None for the only ones there are.
+        encoder: whose tiles are counted; None for the only encoder there is.
+        stores: folder of the stores, or its URL, where it is not ``out``.
+
     Raises:
         InputError: there are several runs, methods or encoders and none was named, the one named is not there, or a
             column of the cohort has the name of a result.
@@ -65,13 +79,15 @@ def make_table(
         raise SettingsError(f'a table is by "slide" or by "patient", not by {by!r}')
     pandas = load_pandas()
     clinical = to_frame(roster)
-    parts = [_gather_tiles(roster, out, encoder)]
+    there = _find_stores(roster, out if stores is None else as_place(stores))
+    parts = [_gather_tiles(roster, there, encoder)]
     place = find_run(out, run)
     if place is not None:
         parts.append(gather_predictions(roster, out, place))
-    parts.append(_gather_nuclei(roster, out, nuclei))
+    parts.append(_gather_nuclei(roster, there, nuclei))
     columns = list(dict.fromkeys(name for part in parts for row in part.values() for name in row))
-    taken = [name for name in columns if name in clinical.columns]
+    results_named = columns if by == "slide" else [_SLIDES, *columns]
+    taken = [name for name in results_named if name in clinical.columns]
     if taken:
         raise InputError(
             f"{roster.source} has columns that are named like results ({', '.join(taken)}): rename them there"
@@ -82,15 +98,14 @@ def make_table(
     return table if by == "slide" else _group(table, list(clinical.columns))
 
 
-def _stores(roster: Roster, out: Path) -> dict[str, Path]:
+def _find_stores(roster: Roster, out: Place) -> dict[str, Place]:
     """The stores that are there, by slide."""
     named = {row.slide_id: out / f"{row.slide_id}.zarr" for row in roster}
     return {slide_id: path for slide_id, path in named.items() if path.is_dir()}
 
 
-def _gather_tiles(roster: Roster, out: Path, encoder: str | None) -> dict[str, Row]:
+def _gather_tiles(roster: Roster, stores: Mapping[str, Place], encoder: str | None) -> dict[str, Row]:
     """Tiles and tissue of every slide that has complete features."""
-    stores = _stores(roster, out)
     facts = dict(zip(stores, survey_stores(list(stores.values())), strict=True))
     encoders = sorted({key for fact in facts.values() for key in fact.complete})
     key = _only("encoder", "encoders", encoders, encoder and features_key(encoder), roster)
@@ -106,7 +121,7 @@ def _gather_tiles(roster: Roster, out: Path, encoder: str | None) -> dict[str, R
     return _over(gather, list(stores))
 
 
-def _measure_tissue(store: Path) -> float | None:
+def _measure_tissue(store: Place) -> float | None:
     """Area of a store's tissue in mm²; None where every tile was kept. Mostly told by the attributes alone."""
     try:
         attrs = read_node(store / "tissue" / "mask")["attributes"]
@@ -118,9 +133,8 @@ def _measure_tissue(store: Path) -> float | None:
         return None if tissue is None else tissue.area_mm2
 
 
-def _gather_nuclei(roster: Roster, out: Path, method: str | None) -> dict[str, Row]:
+def _gather_nuclei(roster: Roster, stores: Mapping[str, Place], method: str | None) -> dict[str, Row]:
     """Statistics of the nuclei of every slide that has any by the method."""
-    stores = _stores(roster, out)
     methods = _over(lambda one: stored_nuclei(FeatureStore.open(stores[one])), list(stores))
     there = sorted({name for names in methods.values() for name in names})
     key = _only("method", "methods of nuclei", there, method and features_key(method), roster)
@@ -165,7 +179,7 @@ def _group(table: pandas.DataFrame, clinical: Sequence[str]) -> pandas.DataFrame
     """A row for each patient, in the order in which they first come."""
     pandas = load_pandas()
     groups = table.groupby("patient", sort=False)
-    columns: dict[str, Any] = {"patient": list(groups.groups), "slides": groups.size().to_numpy()}
+    columns: dict[str, Any] = {"patient": list(groups.groups), _SLIDES: groups.size().to_numpy()}
     for name in table.columns:
         if name in ("patient", "slide_id", "slide"):
             continue
