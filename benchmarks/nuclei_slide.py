@@ -42,6 +42,9 @@ from wsi_engine.synthetic import SlideSpec, SyntheticSlide
 from wsi_engine.tissue import TissueMask
 
 SIDE = 2048
+TILED_SIDE = 2624
+"""Of the picture whose nuclei are compared over tiles: more than one window of the student along each side."""
+
 GOAL = 32.0
 SHARE = 1 / 16
 """Of the slides for memory, the part that is tissue."""
@@ -164,9 +167,9 @@ def digest(nuclei: InstanceSet) -> str:
 
 def compare_runs(name: str) -> None:
     """The same nuclei over tiles and threads."""
-    picture, method = paint_tissue(), create_method(name, device="cpu")
+    picture, method = paint_tissue(TILED_SIDE), create_method(name, device="cpu")
     torch_threads, seen, count = torch.get_num_threads(), set(), 0
-    runs = ((512, 1), (1024, 2), (2048, 4), (1024, 2))
+    runs = ((1024, 1), (2048, 2), (4096, 4), (1024, 2))
     for tile_px, threads in runs:
         set_thread_count(threads)
         torch.set_num_threads(threads)

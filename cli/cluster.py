@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import ProgressColumn, Task, TextColumn
+from rich.progress import TextColumn
 from rich.text import Text
 
-from wsi_engine.cli.display import BarDisplay, make_bar
+from wsi_engine.cli.display import PLAIN_SECONDS, BarDisplay, Rate, make_bar, say_rate
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -25,9 +25,6 @@ ClusterOption = Annotated[
 ]
 """The option ``--cluster`` of a command."""
 
-_PLAIN_SECONDS = 10.0
-"""Least time between two plain lines."""
-
 
 class ClusterDisplay(BarDisplay):
     """Shows a run whose slides are done side by side; a context manager and a progress of extraction or nuclei.
@@ -37,10 +34,10 @@ class ClusterDisplay(BarDisplay):
 
     def __init__(self, console: Console, describe: Callable[[Any], Text]) -> None:
         """Show on a console; ``describe`` makes the words of a slide's end from its result."""
-        super().__init__(console, make_bar(console, TextColumn("{task.fields[slides]}"), _Rate()))
+        super().__init__(console, make_bar(console, TextColumn("{task.fields[slides]}"), Rate()))
         self._task = self._bar.add_task("", total=None, slides="waiting for workers") if self._bar else None
         self._describe = describe
-        self._slides = self._finished = 0
+        self._slides = self._finished = self._skipped = 0
         self._begun: dict[str, int] = {}
         self._at_work: set[str] = set()
         self._done = 0
@@ -63,17 +60,17 @@ class ClusterDisplay(BarDisplay):
         self._done += tiles
         self._since = self._since or (time.monotonic(), self._done)
         self._update()
-        if not self._bar and time.monotonic() - self._printed >= _PLAIN_SECONDS:
+        if not self._bar and time.monotonic() - self._printed >= PLAIN_SECONDS:
             self._printed = time.monotonic()
             rate = (self._done - self._since[1]) / max(self._printed - self._since[0], 1e-9)
-            pace = f", {rate:.0f} tiles/s, {(self._total - self._done) / rate:.0f} s left" if rate else ""
+            pace = f", {say_rate(rate)}, {(self._total - self._done) / rate:.0f} s left" if rate else ""
             self._console.print(Text(f"{self._count()}: {self._done}/{self._total} tiles{pace}"))
 
     def slide_finished(self, result: Any) -> None:
         """A slide ended, well or not."""
         self._finished += 1
         self._at_work.discard(result.slide_id)
-        self._begun.setdefault(result.slide_id, 0)
+        self._skipped += result.slide_id not in self._begun  # complete already, or refused: nothing to guess from
         line = Text.assemble(f"[{self._finished}/{self._slides}] {result.slide_id}: ", self._describe(result))
         self._console.print(line)
         self._update()
@@ -81,8 +78,9 @@ class ClusterDisplay(BarDisplay):
     @property
     def _total(self) -> int:
         """Tiles of all slides, as far as is known; at least those that are done."""
-        known = sum(self._begun.values())
-        return max(self._done, round(known * self._slides / max(1, len(self._begun))))
+        known, begun = sum(self._begun.values()), len(self._begun)
+        ahead = self._slides - begun - self._skipped
+        return max(self._done, known + round(known * ahead / max(1, begun)))
 
     def _count(self) -> str:
         return f"[{self._finished}/{self._slides}] {len(self._at_work)} at work"
@@ -90,10 +88,3 @@ class ClusterDisplay(BarDisplay):
     def _update(self) -> None:
         if self._bar and self._task is not None:
             self._bar.update(self._task, total=self._total, completed=self._done, slides=self._count())
-
-
-class _Rate(ProgressColumn):
-    """Tiles per second of all workers."""
-
-    def render(self, task: Task) -> Text:
-        return Text(f"{task.speed:.0f} tiles/s" if task.speed else "", style="cyan")

@@ -9,6 +9,7 @@ import numpy as np
 import typer
 
 from wsi_engine.cli import console
+from wsi_engine.kernels import summed_area
 from wsi_engine.tissue import TissueMask
 
 FIELD_UM = 640.0
@@ -27,6 +28,9 @@ def demo_nuclei(path: str, out: Path, slide_mpp: float | None, tissue: TissueMas
     if report.failed:
         raise typer.Exit(console.EXIT_FAILED)
     (result,) = report.results
+    if not result.files:  # another process is at the slide
+        console.print_error(result.message)
+        raise typer.Exit(console.EXIT_FAILED)
     density = "" if result.per_mm2 is None else f", {result.per_mm2:.0f} per mm²"
     console.out.print(
         f"{result.nuclei} nuclei on {result.tissue_mm2:.2f} mm² of tissue{density}, in {result.seconds:.0f} s",
@@ -40,7 +44,7 @@ def choose_field(tissue: TissueMask) -> np.ndarray[tuple[int, ...], np.dtype[np.
     side = max(1, round(FIELD_UM / tissue.mpp))
     height, width = tissue.mask.shape
     side_y, side_x = min(side, height), min(side, width)
-    sums = np.pad(tissue.mask.astype(np.int64), ((1, 0), (1, 0))).cumsum(0).cumsum(1)
+    sums = summed_area(tissue.mask)
     inside = sums[side_y:, side_x:] - sums[:-side_y, side_x:] - sums[side_y:, :-side_x] + sums[:-side_y, :-side_x]
     top, left = np.unravel_index(int(inside.argmax()), inside.shape)
     field = np.zeros_like(tissue.mask)

@@ -6,7 +6,11 @@ from types import TracebackType
 from typing import Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TimeRemainingColumn
+from rich.text import Text
+
+PLAIN_SECONDS = 10.0
+"""Least time between two plain lines."""
 
 
 class BarDisplay:
@@ -34,3 +38,16 @@ def make_bar(console: Console, before: ProgressColumn, *after: ProgressColumn) -
         return None
     columns = (before, BarColumn(), MofNCompleteColumn(), *after, TimeRemainingColumn())
     return Progress(*columns, console=console, transient=True)
+
+
+class Rate(ProgressColumn):
+    """Tiles per second of what the bar shows."""
+
+    def render(self, task: Task) -> Text:
+        """Nothing before there is a rate."""
+        return Text(say_rate(task.speed) if task.speed else "", style="cyan")
+
+
+def say_rate(rate: float) -> str:
+    """Tiles per second in words."""
+    return f"{rate:.0f} tiles/s" if rate >= 10 else f"{rate:.1f} tiles/s"

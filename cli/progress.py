@@ -7,17 +7,14 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import ProgressColumn, Task, TextColumn
+from rich.progress import TextColumn
 from rich.text import Text
 
 from wsi_engine.cli.cluster import ClusterDisplay
-from wsi_engine.cli.display import BarDisplay, make_bar
+from wsi_engine.cli.display import PLAIN_SECONDS, BarDisplay, Rate, make_bar, say_rate
 
 if TYPE_CHECKING:
     from wsi_engine.jobs import SlideResult
-
-_PLAIN_SECONDS = 10.0
-"""Least time between two plain lines of one slide."""
 
 _STYLES = {"done": "green", "already complete": "dim", "no tissue": "yellow", "busy": "yellow", "failed": "bold red"}
 
@@ -33,7 +30,7 @@ class RunDisplay(BarDisplay):
     def __init__(self, console: Console, describe: Callable[[Any], Text] | None = None) -> None:
         """Show on a console; ``describe`` makes the words of a slide's end from its result."""
         self._describe = describe or _describe
-        super().__init__(console, make_bar(console, TextColumn("{task.fields[slide]}"), _Rate()))
+        super().__init__(console, make_bar(console, TextColumn("{task.fields[slide]}"), Rate()))
         self._slides = 0
         self._finished = 0
         self._task = self._bar.add_task("", total=None, slide="opening") if self._bar else None
@@ -59,11 +56,11 @@ class RunDisplay(BarDisplay):
         self._done += tiles
         if self._bar and self._task is not None:
             self._bar.update(self._task, advance=tiles)
-        elif time.monotonic() - self._printed >= _PLAIN_SECONDS:
+        elif time.monotonic() - self._printed >= PLAIN_SECONDS:
             self._printed = time.monotonic()
             rate = (self._done - self._begun) / max(self._printed - self._started, 1e-9)
             left = (self._tiles - self._done) / max(rate, 1e-9)
-            self._line(f"{self._slide}: {self._done}/{self._tiles} tiles, {_per_second(rate)}, {left:.0f} s left")
+            self._line(f"{self._slide}: {self._done}/{self._tiles} tiles, {say_rate(rate)}, {left:.0f} s left")
 
     def slide_finished(self, result: Any) -> None:
         """A slide ended, well or not."""
@@ -89,14 +86,3 @@ def _details(result: SlideResult) -> str:
         return ""
     rate = result.tiles / max(result.wall_seconds, 1e-9)
     return f", {result.tiles} tiles in {result.wall_seconds:.1f} s ({rate:.0f} tiles/s) by reader {result.reader}"
-
-
-class _Rate(ProgressColumn):
-    """Tiles per second of the slide in progress."""
-
-    def render(self, task: Task) -> Text:
-        return Text(_per_second(task.speed) if task.speed else "", style="cyan")
-
-
-def _per_second(rate: float) -> str:
-    return f"{rate:.0f} tiles/s" if rate >= 10 else f"{rate:.1f} tiles/s"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -78,6 +78,8 @@ class CardFile:
         try:
             save_file(state, partial, metadata={self.key: text})
             os.replace(partial, target)
+        except SafetensorError as error:  # what safetensors makes of a full disk
+            raise OSError(str(error)) from error
         finally:
             with suppress(OSError):
                 partial.unlink(missing_ok=True)

@@ -23,6 +23,9 @@ MEAN = (0.70, 0.55, 0.68)
 SPREAD = 0.22
 """Deviation that inputs are divided by."""
 
+FINEST_MPP, COARSEST_MPP = 0.1, 2.0
+"""Micrometres per pixel between which a network may work."""
+
 
 @dataclass(frozen=True)
 class NucleiNetSettings:
@@ -146,6 +149,11 @@ def load_nuclei_net(path: str | os.PathLike[str]) -> tuple[NucleiNet, dict[str, 
     """
     tensors, found = NUCLEI_FILE.read(path)
     card = NUCLEI_FILE.require(found, Path(path))
+    if not FINEST_MPP <= card["mpp"] <= COARSEST_MPP:
+        raise NucleiNetError(
+            f"the card in {path} gives {card['mpp']} µm per pixel, and nuclei are told at {FINEST_MPP}–{COARSEST_MPP}; "
+            "save the network with its true mpp"
+        )
     try:
         settings = NucleiNetSettings(tuple(card["widths"]))
         wanted = sum(9 * width**2 for width in settings.widths)  # of each level's second convolution

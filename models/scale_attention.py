@@ -73,10 +73,6 @@ class ScaleAttentionSettings:
         return self.receptive_field // 2
 
 
-RECEPTIVE_FIELD = ScaleAttentionSettings().receptive_field
-"""Of the paper's network, in pixels."""
-
-
 @dataclass(frozen=True, eq=False)
 class AttentionMaps:
     """What a forward pass of F gives: ``logits`` and ``attention`` float32 (B, 1, H, W), ``tau`` ()."""
@@ -173,11 +169,6 @@ class ScaleAttention(nn.Module):
         with seeded(seed):
             self.attention_net = AttentionNet(self.settings)
         self.register_buffer("tau", torch.tensor(float("nan")))  # until a batch has been seen
-
-    @property
-    def receptive_field(self) -> int:
-        """Side in pixels of the square that one value of attention depends on."""
-        return self.settings.receptive_field
 
     def forward(self, images: Tensor) -> AttentionMaps:
         """(B, 3, H, W) normalised.

@@ -48,15 +48,6 @@ def save_scale_attention(
     SCALE_FILE.write(path, _tensors(network), _describe(network.settings), card)
 
 
-def read_scale_card(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The card of a file that :func:`save_scale_attention` wrote, without the tensors.
-
-    Raises:
-        ScaleAttentionError: no such file, not readable as safetensors, or of another kind of model.
-    """
-    return SCALE_FILE.read_card(path)
-
-
 def load_scale_attention(path: str | os.PathLike[str]) -> tuple[ScaleAttention, dict[str, Any]]:
     """Read a network: on the CPU, float32, in eval mode, and its card.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -10,7 +11,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,14 @@ class Log:
         """The worker that encoded last."""
         return self.batches()[-1][0]
 
+    def signal_last(self, number: signal.Signals) -> int:
+        """Make the worker that encoded last send itself a signal as it is about to write; its process number."""
+        pid = self.last_pid()
+        draft = self.folder / f"draft-{pid}"
+        draft.write_text(str(int(number)))
+        draft.rename(self.folder / f"signal-{pid}")
+        return pid
+
     def _lines(self, name: str) -> list[str]:
         path = self.folder / name
         return path.read_text().splitlines() if path.exists() else []
@@ -78,7 +87,7 @@ class Log:
 class Watcher:
     """A progress that does something once so many tiles are done: each of ``actions`` once, in order."""
 
-    actions: list[tuple[int, Callable[[], None]]] = field(default_factory=list)
+    actions: list[tuple[int, Callable[[], object]]] = field(default_factory=list)
     tiles: int = 0
     total: int = 0
     slides: dict[str, int] = field(default_factory=dict)
@@ -102,10 +111,12 @@ class Watcher:
 
 
 def free_port() -> int:
-    """A port that nobody uses now."""
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
+    """A port that nobody uses now, and that no connection is given while its server is away."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with socket.socket() as one, suppress(OSError):
+            one.bind(("127.0.0.1", port))
+            return port
 
 
 @dataclass
@@ -129,6 +140,13 @@ class Processes:
             "worker", self.address, "--nthreads", "1", "--no-dashboard", "--memory-limit", "0",
             "--preload", str(PRELOAD), *options,
         )  # fmt: skip
+
+    def wait_for_workers(self, count: int) -> None:
+        """Wait until the scheduler answers and has so many."""
+        from distributed import Client
+
+        with Client(self.address, timeout=120, set_as_default=False) as client:
+            client.wait_for_workers(count, timeout=120)
 
     def _start(self, *words: str) -> subprocess.Popen[bytes]:
         environment = os.environ | {"WSI_TEST_LOG": str(self.log), "OMP_NUM_THREADS": "1"} | self.settings
@@ -157,7 +175,7 @@ def processes(log: Path, **settings: str) -> Iterator[Processes]:
         group.stop()
 
 
-def wait_until(true: Callable[[], bool], seconds: float = 30.0) -> None:
+def wait_until(true: Callable[[], bool], seconds: float = 120.0) -> None:
     """Wait for something; fails where it does not come."""
     end = time.monotonic() + seconds
     while not true():

@@ -1,6 +1,8 @@
 """Loaded by the worker processes of tests: slows the texture encoder and the nuclei, and writes down what is done.
 
 The folder ``WSI_TEST_LOG`` gets ``encoded`` (process and digest of each batch), ``finished`` (each store completed).
+A process for which ``signal-PID`` lies there sends itself the signal named in it, right after a look at its lease: that
+is the worst moment, since what it writes next is written whatever became of the lease.
 """
 
 from __future__ import annotations
@@ -8,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +35,7 @@ def dask_setup(worker: Any) -> None:
     if "WSI_TEST_STALE" in os.environ:
         lease.STALE_SECONDS, lease.HEARTBEAT_SECONDS = float(os.environ["WSI_TEST_STALE"]), 0.3
     plain_encode, plain_finish, plain_begin = TextureEncoder.encode, FeatureWriter.finish, SlideJob.begin
+    plain_check = lease.Lease.check
 
     def encode(self: Any, pixels: Any) -> Any:
         note("encoded", f"{os.getpid()} {hashlib.sha256(pixels.tobytes()).hexdigest()}")
@@ -47,4 +51,13 @@ def dask_setup(worker: Any) -> None:
             os._exit(1)
         plain_begin(self)
 
+    def check(self: Any) -> None:
+        plain_check(self)
+        with suppress(FileNotFoundError):
+            order = FOLDER / f"signal-{os.getpid()}"
+            number = int(order.read_text())
+            order.unlink()
+            os.kill(os.getpid(), number)
+
+    lease.Lease.check = check  # type: ignore[method-assign]
     TextureEncoder.encode, FeatureWriter.finish, SlideJob.begin = encode, finish, begin  # type: ignore[method-assign]

@@ -17,7 +17,7 @@ from typer.testing import CliRunner, Result
 
 from wsi_engine import FeatureStore, errors
 from wsi_engine.cli import console
-from wsi_engine.cli.demo_nuclei import choose_field
+from wsi_engine.cli.demo_nuclei import choose_field, demo_nuclei
 from wsi_engine.cli.nuclei import NucleiDisplay, nuclei
 from wsi_engine.failures import read_failures
 from wsi_engine.lease import hold_lease
@@ -194,7 +194,7 @@ def test_settings_are_checked() -> None:
 
 @pytest.mark.parametrize("terminal", [True, False])
 def test_the_display_shows_slides_and_rates(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("wsi_engine.cli.progress._PLAIN_SECONDS", 0.0)
+    monkeypatch.setattr("wsi_engine.cli.progress.PLAIN_SECONDS", 0.0)
     text = io.StringIO()
     with NucleiDisplay(Console(file=text, force_terminal=terminal, width=120)) as display:
         display.run_started(2)
@@ -208,6 +208,16 @@ def test_the_display_shows_slides_and_rates(terminal: bool, monkeypatch: pytest.
     assert "it is [bold] broken" in shown
     assert "tiles/s" in shown
     assert terminal or "[1/2] a[1]: 4/4 tiles" in shown
+
+
+def test_the_demo_says_when_another_process_is_at_the_slide(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "nuclei").mkdir()
+    with hold_lease(tmp_path / "nuclei" / ".b.lease"), pytest.raises(typer.Exit) as caught:
+        demo_nuclei(str(folder / "b.png"), tmp_path, 0.25, None)
+    assert caught.value.exit_code == console.EXIT_FAILED
+    assert "error: " in capsys.readouterr().err
 
 
 def test_the_demo_looks_where_most_tissue_is() -> None:

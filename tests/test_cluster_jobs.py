@@ -104,6 +104,21 @@ def test_one_bar_for_slides_side_by_side() -> None:
     assert "[1/4] a: done" in console.export_text()
 
 
+def test_slides_that_are_complete_say_nothing_of_the_others() -> None:
+    """A run that is resumed: 90 of 100 slides are passed over, and the first of the others has begun."""
+    console = Console(force_terminal=True, width=100, file=open(os.devnull, "w"))  # noqa: SIM115
+    with ClusterDisplay(console, lambda result: Text(result.status)) as display:
+        display.run_started(100)
+        for number in range(90):
+            display.slide_finished(SlideResult(f"s{number}", "", "already complete"))
+        display.slide_started("s90", 1000, 0)
+        assert display._bar is not None
+        assert display._bar.tasks[0].total == 10_000
+        display.slide_finished(SlideResult("s90", "", "done"))
+        display.slide_finished(SlideResult("s91", "", "failed"))
+        assert display._bar.tasks[0].total == 9_000
+
+
 def test_a_plain_line_has_no_pace_before_there_is_one() -> None:
     console = Console(force_terminal=False, width=100, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
     with ClusterDisplay(console, lambda result: Text(result.status)) as display:
@@ -203,7 +218,12 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
     os.environ["WSI_TEST_LOG"] = str(tmp_path_factory.mktemp("log"))
     with (
-        dask.config.set({"distributed.worker.preload": [str(PRELOAD)]}),
+        dask.config.set(
+            {
+                "distributed.worker.preload": [str(PRELOAD)],
+                "distributed.deploy.lost-worker-timeout": "1 week",  # a worker that was killed may start slowly
+            }
+        ),
         distributed.LocalCluster(
             n_workers=2, threads_per_worker=1, memory_limit=None, dashboard_address=":0", silence_logs=50
         ) as made,
@@ -313,9 +333,9 @@ def test_an_interrupted_command_says_one_sentence(slides: Path, tmp_path: Path) 
         [sys.executable, script, *arguments], env=os.environ | settings | {"WSI_TEST_SECONDS": "0.3"},
         stderr=subprocess.PIPE, text=True, start_new_session=True,
     ) as process:  # fmt: skip
-        wait_until((tmp_path / "encoded").exists, 60)
+        wait_until((tmp_path / "encoded").exists)
         os.killpg(process.pid, signal.SIGINT)
-        _, said = process.communicate(timeout=60)
+        _, said = process.communicate(timeout=120)
     assert process.returncode == 130
     assert "Traceback" not in said
     assert "error: interrupted: what was finished is kept" in said

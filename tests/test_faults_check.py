@@ -219,14 +219,14 @@ def test_leftovers_of_killed_processes(place: Path) -> None:
     (folder / ".foreign.lease").write_text(
         json.dumps({"host": "far", "place": "x", "pid": 1, "started": "1", "token": "t"})
     )
-    for name in (".cohort.csv.123", ".write-test-9", f".a.lease.{'0' * 32}.end"):
+    for name in (".cohort.csv.123", ".write-test-9", f".a.lease.{'0' * 32}.end", f".run-{'0' * 32}"):
         (folder / name).touch()
     (folder / STORE / "features/net/values/c/0/0.0123456789abcdef0123456789abcdef.partial").touch()
     (folder / "slide-01.zarr" / "features/net/partial").mkdir()
     (folder / ".slide-02.abcdef01.failed.json").write_text("{}")  # why it failed: no leftover
     report = check_stores(place)
     assert report.damaged == ()
-    assert len(report.of("leftover")) == len(report.findings) == 7
+    assert len(report.of("leftover")) == len(report.findings) == 8
     said = {Path(finding.path).name: finding.what for finding in report.findings}
     assert "which ended" in said[".slide-01.lease"]
     assert "process 1 on far" in said[".foreign.lease"]

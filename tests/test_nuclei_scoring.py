@@ -102,6 +102,31 @@ def test_what_cannot_be_compared_is_said_and_the_rest_is_done(folders: tuple[Pat
     assert "passed over: alone" in result.stderr
 
 
+def test_damaged_label_images_do_not_end_the_comparison(
+    folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    predicted, truth = folders
+    for name in ("deflate", "empty", "bomb", "torn"):
+        save(squares(), truth / f"{name}_label.png")
+    tifffile.imwrite(predicted / "deflate.labels.tif", squares().astype(np.uint16), compression="zlib")
+    with tifffile.TiffFile(predicted / "deflate.labels.tif") as file:
+        start = file.pages[0].dataoffsets[0]
+    data = bytearray((predicted / "deflate.labels.tif").read_bytes())
+    data[start : start + 8] = b"\xff" * 8
+    (predicted / "deflate.labels.tif").write_bytes(data)
+    (predicted / "empty.labels.npy").write_bytes(b"")
+    save(np.tile(squares(), (4, 4)), predicted / "bomb.labels.png")
+    (predicted / "torn.labels.tif").write_bytes((predicted / "a.student.labels.tif").read_bytes()[:60])
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4000)  # twice as many are a bomb
+    found = compare_nuclei(predicted, truth)
+    problems = {image.name: image.problem for image in found.failed}
+    assert set(problems) == {"deflate", "empty", "bomb", "torn"}
+    for problem in problems.values():
+        assert problem.startswith("cannot read the label image")
+        assert "\n" not in problem
+    assert len(found.images) == 6
+
+
 def test_distances_that_are_not_defined_do_not_spoil_the_mean(tmp_path: Path) -> None:
     for name, ours in (("a", squares(1)), ("b", np.zeros((40, 90), np.int32))):
         save(ours, tmp_path / "ours" / f"{name}.png")

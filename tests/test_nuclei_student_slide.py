@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -15,15 +16,18 @@ from wsi_engine.kernels import nuclei_from_attention, set_thread_count
 from wsi_engine.metrics import aji
 from wsi_engine.models.nuclei_net import NucleiNet, NucleiNetSettings, save_nuclei_net
 from wsi_engine.models.scale_attention import ScaleAttention, ScaleAttentionSettings, normalise_pixels
-from wsi_engine.models.scale_files import save_scale_attention
-from wsi_engine.nuclei.images import segment_image
+from wsi_engine.models.scale_files import load_scale_attention, save_scale_attention
+from wsi_engine.nuclei.frame import FrameReader, TissueRaster, frame_slide
+from wsi_engine.nuclei.images import resample_image
 from wsi_engine.nuclei.instances import InstanceSet
 from wsi_engine.nuclei.method import LARGEST_HOLE_UM2, METHOD_HOMES, NucleiMethod, create_method
 from wsi_engine.nuclei.scale_method import ScaleMethod
+from wsi_engine.nuclei.scale_stains import measure_look
 from wsi_engine.nuclei.segmentation import segment_nuclei
 from wsi_engine.nuclei.stain_method import StainMethod
-from wsi_engine.nuclei.student_inference import StudentPredictor, enlarge_maps
-from wsi_engine.nuclei.student_method import FittedStudent, StudentMethod, average_views, view_maps
+from wsi_engine.nuclei.student_inference import StudentPredictor, average_views, enlarge_maps, split_nuclei, view_maps
+from wsi_engine.nuclei.student_method import FittedStudent, StudentMethod
+from wsi_engine.nuclei.windows import WindowPlan
 from wsi_engine.slide import open_slide
 from wsi_engine.synthetic import SlideSpec, SyntheticSlide
 from wsi_engine.tissue import TissueMask
@@ -33,8 +37,14 @@ Pixels = NDArray[np.uint8]
 
 @pytest.fixture(scope="module")
 def picture() -> Pixels:
-    """Dense tissue, 1400 × 1200 at 0.25 µm: four windows of the student."""
+    """Dense tissue, 1400 × 1200 at 0.25 µm: one window of the student, smaller than on a slide."""
     return SyntheticSlide(SlideSpec(width=1400, height=1200, coverage=1, seed=4)).paint(0, 0, 1400, 1200)
+
+
+@pytest.fixture(scope="module")
+def long_picture() -> Pixels:
+    """Dense tissue, 2600 × 500 at 0.25 µm: two windows of the student."""
+    return SyntheticSlide(SlideSpec(width=2600, height=1200, coverage=1, seed=4)).paint(0, 300, 2600, 500)
 
 
 @pytest.fixture(scope="module")
@@ -71,26 +81,63 @@ def assert_same(ours: InstanceSet, theirs: InstanceSet) -> None:
         assert np.array_equal(ours.table()[name], values), name
 
 
-@pytest.mark.parametrize(("tile_px", "threads"), [(512, 1), (2048, 2)])
-def test_tiles_and_threads_do_not_change_the_students_nuclei(
-    picture: Pixels, student: StudentMethod, whole: InstanceSet, tile_px: int, threads: int
-) -> None:
-    before = torch.get_num_threads()
+class Counter:
+    """Counts tiles."""
+
+    def __init__(self) -> None:
+        self.tiles = 0
+
+    def slide_started(self, slide_id: str, tiles: int, done: int) -> None:
+        self.tiles = tiles
+
+    def tiles_done(self, tiles: int) -> None:
+        pass
+
+
+def test_tiles_and_threads_do_not_change_the_students_nuclei(long_picture: Pixels, student: StudentMethod) -> None:
+    before, found, tiles = torch.get_num_threads(), [], []
     try:
-        torch.set_num_threads(threads)
-        set_thread_count(threads)
-        assert_same(segment_nuclei(picture, student, 0.25, tile_px=tile_px, workers=threads), whole)
+        for tile_px, threads in ((1024, 1), (2048, 2)):
+            torch.set_num_threads(threads)
+            set_thread_count(threads)
+            counter = Counter()
+            found.append(
+                segment_nuclei(long_picture, student, 0.25, tile_px=tile_px, workers=threads, progress=counter)
+            )
+            tiles.append(counter.tiles)
     finally:
         torch.set_num_threads(before)
         set_thread_count(None)
-    assert len(whole) > 300
+    assert tiles == [2, 1]
+    assert len(found[0]) > 200
+    assert_same(*found)
 
 
-def test_the_student_finds_what_it_finds_in_an_image(picture: Pixels, student: StudentMethod) -> None:
+@pytest.mark.parametrize(
+    ("width", "height", "side"), [(200, 100, 128), (640, 704, 384), (2048, 90, 1024), (2600, 500, 1024)]
+)
+def test_small_pictures_get_small_windows(student: StudentMethod, width: int, height: int, side: int) -> None:
+    with open_slide(np.zeros((height, width, 3), np.uint8), 0.25) as slide:
+        frame = frame_slide(slide, student.mpp)
+        for tile_px in (64, 1024):
+            reader = FrameReader(slide, frame)
+            plan = WindowPlan(reader, TissueRaster(frame, slide.mpp, None), student, tile_px)
+            assert plan.side == side
+    assert (plan.side + 2 * student.margin_px) % student.predictor.stride == 0
+
+
+def find_whole(image: Pixels, student: StudentMethod) -> NDArray[np.int32]:
+    """Nuclei of an image at 0.25 µm from maps of all of it at once."""
+    maps = student.predictor.predict_maps(resample_image(image, 0.25, student.mpp))
+    grown = enlarge_maps(maps, *image.shape[:2])
+    return split_nuclei(grown, 0.25, student.settings, largest_hole_um2=LARGEST_HOLE_UM2)
+
+
+def test_the_student_finds_what_it_finds_in_the_whole(picture: Pixels, student: StudentMethod) -> None:
     part = picture[:640, :704]  # one window
-    ours, image = segment_nuclei(part, student, 0.25).labels(), segment_image(part, 0.25, student)
-    assert aji(image, ours) > 0.97
-    assert abs(int(ours.max()) - int(image.max())) <= 0.02 * image.max()
+    ours, whole = segment_nuclei(part, student, 0.25).labels(), find_whole(part, student)
+    assert aji(whole, ours) > 0.97
+    assert abs(int(ours.max()) - int(whole.max())) <= 0.02 * whole.max()
 
 
 def test_the_student_finds_most_true_nuclei(picture: Pixels, whole: InstanceSet) -> None:
@@ -101,12 +148,12 @@ def test_the_student_finds_most_true_nuclei(picture: Pixels, whole: InstanceSet)
     assert whole.record.fitted["device"] == "cpu"
 
 
-def test_real_images_come_out_as_by_the_image_alone(shared_data: Path, student: StudentMethod) -> None:
+def test_real_images_come_out_as_from_maps_of_the_whole(shared_data: Path, student: StudentMethod) -> None:
     images = [path for path in sorted((shared_data / "nuclei" / "nucls").glob("*.png")) if "_label" not in path.stem]
     agreement = []
     for path in images[:3]:
         image = np.asarray(Image.open(path).convert("RGB"))
-        agreement.append(aji(segment_image(image, 0.25, student), segment_nuclei(image, student, 0.25).labels()))
+        agreement.append(aji(find_whole(image, student), segment_nuclei(image, student, 0.25).labels()))
     assert min(agreement) > 0.9
 
 
@@ -114,7 +161,7 @@ def test_a_real_slide_is_the_same_whatever_the_tiles(shared_data: Path, student:
     tissue = np.zeros((186, 139), bool)
     tissue[50:80, 40:70] = True
     with open_slide(shared_data / "slides" / "CMU-1-Small-Region.svs") as slide:
-        found = [segment_nuclei(slide, student, tile_px=t, tissue=TissueMask(tissue, 8.0)) for t in (512, 1024)]
+        found = [segment_nuclei(slide, student, tile_px=t, tissue=TissueMask(tissue, 8.0)) for t in (1024, 2048)]
     assert_same(*found)
     assert len(found[0]) > 50
 
@@ -230,6 +277,36 @@ def test_weights_of_another_model_are_refused(
     with pytest.raises(errors.ModelError, match=words) as caught:
         create_method(model, None if weights is None else places.get(weights, Path(weights)))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        ("reinhard", "lacks its kind"),
+        ({"kind": "reinhard"}, "lacks its kind"),
+        ({"kind": "reinhard", "rows": [["a"]]}, "rows of numbers"),
+        ({"kind": "vahadane", "rows": [[1, 2, 3], [1, 2, 3]]}, "kind is 'vahadane'"),
+        ({"kind": "reinhard", "rows": [[1, 2, 3], [1, 2]]}, "3, 2 numbers"),
+        ({"kind": "macenko", "rows": [[1, 2, 3], [1, 2, 4]]}, "3, 3 numbers"),
+        ({"kind": "reinhard", "rows": [[1, 2, 3], [1, 0, 3]]}, "not above 0"),
+        ({"kind": "macenko", "rows": [[0.6, 0.7, 0.3], [0.6, 0.7, 0.3], [1, 1]]}, "parallel"),
+    ],
+)
+def test_a_damaged_look_is_refused(scale_file: Path, tmp_path: Path, entry: object, words: str) -> None:
+    network, _ = load_scale_attention(scale_file)
+    path = tmp_path / "attention.safetensors"
+    save_scale_attention(network, path, {"normalisation": entry})
+    with pytest.raises(errors.ModelError, match=words) as caught:
+        ScaleMethod(path, device="cpu")
+    assert "damaged normalisation" in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["reinhard", "macenko"])
+def test_a_look_comes_back_from_the_card(scale_file: Path, tmp_path: Path, picture: Pixels, kind: str) -> None:
+    network, _ = load_scale_attention(scale_file)
+    look = measure_look(picture[:300, :300], kind)
+    save_scale_attention(network, tmp_path / "a.safetensors", {"normalisation": asdict(look)})
+    assert ScaleMethod(tmp_path / "a.safetensors", device="cpu").reference == look
 
 
 def test_a_device_that_is_not_there_is_refused() -> None:

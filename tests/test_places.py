@@ -85,7 +85,7 @@ def test_remote_paths(s3: S3Server, scheme: str) -> None:
     assert (root.name, root.parent.name) == ("folder", "a-bucket" if scheme == "s3" else "places")
     assert not root.exists()
     assert list_folders(root) == []
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError, match="there is nothing of this name"):
         list_names(root)
     file = root / "a" / "b.zarr" / "zarr.json"
     assert file.create_bytes(b"first")

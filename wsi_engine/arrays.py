@@ -9,7 +9,7 @@ from typing import Any, Literal
 import zarr
 from zarr.codecs import Crc32cCodec
 
-from wsi_engine.errors import StoreError, WsiError
+from wsi_engine.errors import StoreError, WsiError, first_line
 from wsi_engine.places import Place, RemotePath, is_url
 
 EVERY_CHUNK = "every_chunk"
@@ -45,11 +45,11 @@ def storing(path: object) -> Iterator[None]:
     except MemoryError as error:
         raise StoreError(f"there is not enough memory to use the store {path}: give the run more") from error
     except (ValueError, LookupError, TypeError, RuntimeError, ArithmeticError, AttributeError, AssertionError) as error:
-        raise StoreError(f"the store {path} is damaged ({_first_line(error)}): delete it and extract again") from error
+        raise StoreError(f"the store {path} is damaged ({first_line(error)}): delete it and extract again") from error
     except Exception as error:
         if not is_url(str(path)):
             raise
-        reason = f"{type(error).__name__}: {_first_line(error)}"  # every file system has errors of its own
+        reason = f"{type(error).__name__}: {first_line(error)}"  # every file system has errors of its own
         raise StoreError(f"cannot use the store {path}: {reason}") from error
 
 
@@ -80,7 +80,3 @@ def create_rows(
 def checked_codecs(compressor: Literal["zstd"] | None) -> list[Any]:
     """Codecs that end in a checksum, so that a torn or rotten chunk is noticed when it is read."""
     return [*([zarr.codecs.ZstdCodec(level=3)] if compressor else []), Crc32cCodec()]
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

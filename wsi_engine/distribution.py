@@ -138,7 +138,6 @@ class _Drive:
         self._tally = Tally(self._slide_started, self._tiles_done)
         self._runner: Runner[SlideSpec] = Runner(session, session.find_resources(encoder.plan.device), self._tally.hear)
         self._parts: dict[str, _Parts] = {}
-        self._waiting: set[str] = set()
         self._results: dict[str, SlideResult] = {}
 
     def run(self, sources: Sequence[SlideSource]) -> dict[str, SlideResult]:
@@ -169,18 +168,11 @@ class _Drive:
         if isinstance(value, SpreadSlide):
             self._spread(spec.source, value)
         elif value.status == "busy":
-            self._wait(spec, value.message)
+            self._runner.try_later(outcome.task, spec.source.slide_id, value.message)
         elif spec.share.rows is not None:
             self._take_part(spec.source, value)
         else:
             self._end(value)
-
-    def _wait(self, spec: SlideSpec, why: str) -> None:
-        """Another process has the slide: try again until it is done there, or its lease is free."""
-        if spec.source.slide_id not in self._waiting:
-            self._waiting.add(spec.source.slide_id)
-            log.warning("%s: the run waits for it", why)
-        self._submit(spec.source, spec.share, self._session.choice.retry_seconds)
 
     def _spread(self, source: SlideSource, slide: SpreadSlide) -> None:
         """Hand out the parts of a large slide, under its lease."""

@@ -87,3 +87,9 @@ class PartialImportError(FormatError):
 
 class ClusterError(WsiError):
     """A Dask cluster cannot be started or reached, or its workers end over and over."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, to stand within a sentence; its type where it says nothing."""
+    said = str(error).strip().partition("\n")[0].rstrip(" .\r")
+    return said or type(error).__name__

@@ -210,6 +210,10 @@ class RemotePath(os.PathLike[str]):
         """The file system and the path in it; whatever it raises comes out as OSError."""
         try:
             yield open_file_system(self.url)
+        except FileNotFoundError as error:
+            said = _one_line(error)  # a sentence, or the name alone
+            why = said if " " in said and error.errno is None else "there is nothing of this name"
+            raise FileNotFoundError(errno.ENOENT, why, self.url) from error
         except OSError:
             raise
         except ImportError as error:
@@ -263,10 +267,12 @@ def make_folder(place: Place) -> None:
         InputError: it cannot.
     """
     try:
-        if isinstance(place, Path):
-            place.mkdir(parents=True, exist_ok=True)
         probe = place / f".write-test-{os.getpid()}"
-        write_file(probe, b"")
+        if isinstance(probe, RemotePath):
+            probe.write_bytes(b"")
+        else:
+            probe.parent.mkdir(parents=True, exist_ok=True)
+            probe.touch()
         probe.unlink(missing_ok=True)
     except OSError as error:
         raise InputError(f"cannot write to the output folder {place}: {error.strerror or error}") from error

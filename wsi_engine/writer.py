@@ -6,7 +6,9 @@ whole or not at all. When all are there they are gathered into ``values``, and o
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -17,7 +19,7 @@ from numpy.typing import NDArray
 
 from wsi_engine.arrays import create_rows, storing
 from wsi_engine.encoders.base import EncoderCard
-from wsi_engine.errors import FeatureError, MismatchError, StoreError
+from wsi_engine.errors import BusyError, FeatureError, MismatchError, StoreError
 from wsi_engine.grid import TileGrid
 from wsi_engine.store import FeatureStore, features_key
 from wsi_engine.version import __version__
@@ -36,6 +38,9 @@ _CARD_IDENTITY = (
     "interpolation",
 )
 """Fields of a card that change the features; the others only describe."""
+
+_SLOW_SECONDS = 1.0
+"""A batch that takes this long to write is looked after: the process may have stood still and lost its lease."""
 
 
 @dataclass(frozen=True)
@@ -136,9 +141,12 @@ class FeatureWriter:
             if missing > len(stored):
                 self._waiting[start] = waiting, missing - len(stored)
                 continue
-            self._check_lease()
+            looked = time.monotonic()
+            self._make_sure()
             with storing(self._store.path):
                 self._partial[start : start + len(waiting)] = waiting
+            if time.monotonic() - looked >= _SLOW_SECONDS:
+                self._make_sure()
 
     def _stop(self, start: int) -> int:
         """End of the batch that begins at a row."""
@@ -165,17 +173,34 @@ class FeatureWriter:
 
     def _keep(self, rows: Callable[[int, int], NDArray[Any]], attrs: dict[str, Any]) -> None:
         """Write ``values`` a shard at a time, mark it complete last, and drop ``partial``."""
-        self._check_lease()
+        self._make_sure()
         with storing(self._store.path):
+            if self._check("values", complete_only=True):  # by another, if this process stood still just now
+                self._settle()
+                return
             values = create_rows(self._group, "values", self._rows, self._identity.card.dim, self._identity.dtype)
             step = values.shards[0] if values.shards else self._rows
             for start in range(0, self._rows, step):
                 stop = min(start + step, self._rows)
                 values[start:stop] = rows(start, stop)
-            self._check_lease()
+            self._make_sure()
             values.update_attributes(self._identity.to_json() | attrs | {"complete": True})
+        self._settle()
+
+    def _settle(self) -> None:
+        """``values`` is complete: nothing else is needed."""
         self.complete = True
         self._drop_partial()
+
+    def _make_sure(self) -> None:
+        """Make sure that the lease is still held; where it is not, take back what was written just as it was lost."""
+        try:
+            self._check_lease()
+        except BusyError:
+            with suppress(StoreError):
+                if self._check("values", complete_only=True):  # no batch counts any more
+                    self._drop_partial()
+            raise
 
     @cached_property
     def _partial(self) -> zarr.Array[Any]:

@@ -58,7 +58,7 @@ def check_shared(folder: Place, mark: str) -> None:
     Raises:
         ClusterError: it is not.
     """
-    if mark and not (folder / mark).exists():
+    if not (folder / mark).exists():
         raise ClusterError(
             f"a worker on {socket.gethostname()} does not see the output folder {folder}: give one on a file system "
             "that all machines of the cluster share"

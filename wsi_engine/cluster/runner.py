@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
 from wsi_engine.cluster.session import Session
-from wsi_engine.errors import ClusterError, WsiError
+from wsi_engine.errors import ClusterError, WsiError, first_line
 
 if TYPE_CHECKING:
     from distributed import Future
@@ -74,7 +74,8 @@ class Runner(Generic[T]):
         Args:
             session: the cluster.
             resources: what each task asks of a worker, such as ``{"GPU": 1}``.
-            hear: called in the caller's thread with each message of a task (:func:`wsi_engine.cluster.messages.tell`).
+            hear: called in the caller's thread with each message of a task
+                (:class:`wsi_engine.cluster.messages.Teller`).
         """
         self.topic = f"wsi-{uuid.uuid4().hex}"
         self._session = session
@@ -87,11 +88,25 @@ class Runner(Generic[T]):
         self._tries: dict[str, int] = {}
         self._suspects: list[Task[T]] = []
         self._alone: Task[T] | None = None
+        self._told: set[str] = set()
         self._listen()
 
     def submit(self, task: Task[T], delay: float = 0.0) -> None:
         """Hand out a task, at the earliest after some seconds."""
         heapq.heappush(self._due, (time.monotonic() + delay if delay else 0.0, next(self._numbers), task))
+
+    def try_later(self, task: Task[T], slide_id: str, why: str) -> None:
+        """Hand out a task again after the choice's ``retry_seconds``, since another process has its slide.
+
+        Args:
+            task: that found it so.
+            slide_id: of its slide, of which the user is told once.
+            why: who has it.
+        """
+        if slide_id not in self._told:
+            self._told.add(slide_id)
+            log.warning("%s: the run waits for it", why)
+        self.submit(task, self._session.choice.retry_seconds)
 
     def outcomes(self) -> Iterator[Outcome[T]]:
         """How tasks end, in the order in which they do, until none is left; more may be submitted meanwhile.
@@ -157,6 +172,8 @@ class Runner(Generic[T]):
             except _LOST:
                 self._renew()
                 return
+            if isinstance(outcome, BaseException):  # of the task, where an OSError is no lost connection
+                raise outcome
             del self._out[key]
             alone, self._alone = self._alone, None
             if isinstance(outcome.error, _KilledError) and task is not alone:
@@ -211,22 +228,29 @@ def run_one(session: Session, task: Task[T], resources: dict[str, float]) -> Any
     raise AssertionError(task)
 
 
-def _fetch(task: Task[T], future: Future[Any]) -> Outcome[T]:
-    """The end of a task that has ended; what is no error of the engine is raised."""
+def _fetch(task: Task[T], future: Future[Any]) -> Outcome[T] | BaseException:
+    """How a task ended, or what it raised where that ends the run.
+
+    Raises:
+        OSError, CancelledError: the connection broke (:data:`_LOST`); never what the task raised.
+    """
     from distributed import KilledWorker  # noqa: PLC0415
 
     if future.status == "finished":
         return Outcome(task, future.result(timeout=_FETCH_SECONDS))
-    error = future.exception(timeout=_FETCH_SECONDS)
+    error: BaseException = future.exception(timeout=_FETCH_SECONDS)
     if isinstance(error, KilledWorker):
         return Outcome(task, error=_KilledError(_explain_killed(error)))
     if isinstance(error, ModuleNotFoundError):
-        raise ClusterError(
+        return ClusterError(
             f"a worker of the Dask cluster cannot load the engine ({error}): install the same version there"
-        ) from error
+        )
     if isinstance(error, WsiError):
         return Outcome(task, error=error)
-    raise error
+    if isinstance(error, OSError):  # of that machine: others may do what is left
+        what = f"a worker could not do {task.name} ({type(error).__name__}: {first_line(error)})"
+        return Outcome(task, error=ClusterError(f"{what}: mend that on its machine and run again"))
+    return error
 
 
 def _explain_killed(error: Any) -> str:

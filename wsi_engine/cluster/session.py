@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import logging
+import multiprocessing
+import os
 import shutil
 import time
 from collections import Counter
@@ -16,7 +18,7 @@ from urllib.parse import urlsplit
 from wsi_engine.cluster.choice import ClusterChoice
 from wsi_engine.cluster.interrupts import keep_interrupts, terminate_as_interrupt
 from wsi_engine.cluster.slurmqueue import SlurmQueue
-from wsi_engine.errors import ClusterError
+from wsi_engine.errors import ClusterError, first_line
 from wsi_engine.workers import usable_cores
 
 if TYPE_CHECKING:
@@ -65,7 +67,7 @@ class Session:
             self.client = connect(_CONNECT_SECONDS)
         except (OSError, ValueError) as error:
             raise ClusterError(
-                f"cannot reach the Dask scheduler {choice} ({_first_line(error)}): start it, or check its address"
+                f"cannot reach the Dask scheduler {choice} ({first_line(error)}): start it, or check its address"
             ) from error
 
     @property
@@ -109,9 +111,11 @@ class Session:
         """Wait until there is a worker, and tell the user where that takes long.
 
         Raises:
-            ClusterError: the jobs that were to be workers are refused, or come to nothing.
+            ClusterError: the jobs that were to be workers are refused, or come to nothing; or the scheduler stays away.
         """
         while not self._workers():
+            if self.lost:
+                self.renew()
             self._look(tasks=1)
             time.sleep(0.2)
         self._tell_at = None
@@ -212,17 +216,27 @@ def _start(choice: ClusterChoice, stack: ExitStack) -> Session:
 
     queue = None
     if choice.kind == "local":
-        address: dict[str, Any] = {"address": stack.enter_context(_start_local(choice))}
+        address: dict[str, Any] = {"address": _start_local(choice, stack)}
     elif choice.kind == "slurm":
         address = {}
         address["address"], queue = _start_slurm(choice, stack)
     else:
         address = {"scheduler_file" if choice.kind == "file" else "address": choice.address}
-    return Session(choice, lambda seconds: Client(**address, timeout=seconds, set_as_default=False), queue)
+
+    def connect(seconds: float) -> Client:
+        if choice.kind == "file" and not os.path.exists(choice.address):  # Dask would wait for it without end
+            raise FileNotFoundError("there is no such file")
+        return Client(**address, timeout=seconds, set_as_default=False)
+
+    return Session(choice, connect, queue)
 
 
-def _start_local(choice: ClusterChoice) -> Any:
-    """Worker processes on this machine, of one task each."""
+def _start_local(choice: ClusterChoice, stack: ExitStack) -> Any:
+    """Worker processes on this machine, of one task each, until the stack ends them.
+
+    Raises:
+        ClusterError: they cannot be started.
+    """
     import dask  # noqa: PLC0415
     from distributed import LocalCluster  # noqa: PLC0415
 
@@ -231,15 +245,26 @@ def _start_local(choice: ClusterChoice) -> Any:
         "distributed.scheduler.worker-saturation": 1.0,
         "distributed.worker.preload": [*_configured("distributed.worker.preload"), "wsi_engine.cluster.interrupts"],
     }
-    with dask.config.set(settings):
-        return LocalCluster(
-            n_workers=choice.workers,
-            threads_per_worker=1,
-            processes=True,
-            memory_limit=None,  # the engine bounds its memory by itself
-            dashboard_address=":0",
-            silence_logs=logging.ERROR,
-        )
+    cure = 'in a script, put what it runs under if __name__ == "__main__", since every worker loads it again'
+    if getattr(multiprocessing.current_process(), "_inheriting", False):  # as multiprocessing asks, and says at length
+        raise ClusterError(f"a worker of --cluster {choice} that is just starting would start another cluster: {cure}")
+    # a worker that died is being started again: on a busy machine Dask would drop it meanwhile
+    stack.enter_context(dask.config.set({"distributed.deploy.lost-worker-timeout": _LONG}))
+    try:
+        with dask.config.set(settings):
+            cluster = LocalCluster(
+                n_workers=choice.workers,
+                threads_per_worker=1,
+                processes=True,
+                memory_limit=None,  # the engine bounds its memory by itself
+                dashboard_address=":0",
+                silence_logs=logging.ERROR,
+            )
+        return stack.enter_context(cluster)
+    except (OSError, RuntimeError) as error:
+        raise ClusterError(
+            f"the workers of --cluster {choice} cannot be started ({first_line(error)}): give fewer; {cure}"
+        ) from error
 
 
 def _start_slurm(choice: ClusterChoice, stack: ExitStack) -> tuple[Any, SlurmQueue]:
@@ -267,7 +292,3 @@ def _configured(key: str) -> list[str]:
     import dask  # noqa: PLC0415
 
     return list(dask.config.get(key, None) or [])
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from wsi_engine.cluster.runner import Outcome, Runner, Task
 from wsi_engine.cluster.session import Session
-
-log = logging.getLogger("wsi_engine")
 
 T = TypeVar("T")
 
@@ -34,15 +31,11 @@ def run_slides(
     Raises:
         ClusterError: the scheduler went away for too long.
     """
-    waiting: set[str] = set()
     with Runner[T](session, session.find_resources(device), hear) as runner:
         for task in make(runner.topic):
             runner.submit(task)
         for outcome in runner.outcomes():
             if outcome.error is None and outcome.value.status == "busy":
-                if outcome.task.name not in waiting:
-                    waiting.add(outcome.task.name)
-                    log.warning("%s: the run waits for it", outcome.value.message)
-                runner.submit(outcome.task, session.choice.retry_seconds)
+                runner.try_later(outcome.task, outcome.value.slide_id, outcome.value.message)
             else:
                 yield outcome

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wsi_engine.cohorts.roster import Roster, with_index
-from wsi_engine.errors import InputError, SettingsError
+from wsi_engine.errors import InputError, SettingsError, first_line
 
 if TYPE_CHECKING:
     import pandas
@@ -53,7 +53,7 @@ def read_parquet(path: Path) -> tuple[tuple[str, ...], list[dict[str, Any]]]:
     except Exception as error:  # whatever pandas and pyarrow raise at damaged files
         if isinstance(error, OSError) and error.strerror:
             raise InputError(f"cannot read {path}: {error.strerror}") from error
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise InputError(f"{path} is not a Parquet file: {reason}") from error
     frame = with_index(frame)
     frame.columns = [str(name) for name in frame.columns]
@@ -96,7 +96,7 @@ def select_by(roster: Roster, expression: str) -> list[int]:
         if str(getattr(kept, "dtype", "")) != "bool" or len(kept) != len(frame):
             raise TypeError("it does not say yes or no of every slide")
     except Exception as error:  # whatever an expression can do
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise InputError(
             f"cannot select by {expression!r} ({reason}): write an expression of columns, such as site == 'A' "
             f"(columns: {', '.join(frame.columns)})"

@@ -16,7 +16,7 @@ from huggingface_hub.errors import (
 )
 
 from wsi_engine.encoders.base import EncoderCard
-from wsi_engine.errors import WeightsError
+from wsi_engine.errors import WeightsError, first_line
 
 FILENAMES = ("model.safetensors", "pytorch_model.bin")
 """Names under which weights are published, the preferred first."""
@@ -105,12 +105,6 @@ def _download(card: EncoderCard) -> Path:
             continue
         except Exception as error:
             raise WeightsError(
-                f"{missing}the download of {card.source} failed ({_first_line(error)}); {ways_out(card)}"
+                f"{missing}the download of {card.source} failed ({first_line(error)}); {ways_out(card)}"
             ) from error
     raise WeightsError(f"{missing}{card.source} holds none of {', '.join(FILENAMES)}; {ways_out(card)}")
-
-
-def _first_line(error: BaseException) -> str:
-    """The first line of an error's text, or its type where it has none."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

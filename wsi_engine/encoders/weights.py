@@ -20,7 +20,7 @@ from torch import Tensor
 
 from wsi_engine.encoders.base import EncoderCard
 from wsi_engine.encoders.hub import fetch_weights
-from wsi_engine.errors import WeightsError
+from wsi_engine.errors import WeightsError, first_line
 from wsi_engine.models.backbones import Backbone, build_backbone, convert_published
 from wsi_engine.models.dinov2 import convert_dinov2, is_transformers_dinov2
 
@@ -93,7 +93,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
             content = safetensors.torch.load_file(path)
         except Exception as error:
             raise WeightsError(
-                f"{path} cannot be read as safetensors ({_first_line(error)}); download it again"
+                f"{path} cannot be read as safetensors ({first_line(error)}); download it again"
             ) from error
     elif path.suffix in PICKLED:
         content = _read_pickled(path)
@@ -219,8 +219,3 @@ def _align_names(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) ->
 
 def _shape(tensor: Tensor) -> str:
     return "×".join(map(str, tensor.shape)) or "a single number"
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

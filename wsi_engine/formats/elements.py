@@ -19,7 +19,7 @@ import zarr
 from numpy.typing import NDArray
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
-from wsi_engine.errors import FormatError, WsiError
+from wsi_engine.errors import FormatError, WsiError, first_line
 from wsi_engine.extents import check_extent, walk_plain_files
 
 _ROWS = 4096
@@ -175,7 +175,7 @@ def reading_zarr(path: Path) -> Iterator[None]:
         raise
     except (OSError, LookupError, ValueError, TypeError, ArithmeticError, RuntimeError, MemoryError,
             AttributeError, NotImplementedError, AssertionError, RecursionError) as error:  # fmt: skip
-        reason = (str(error).splitlines() or [type(error).__name__])[0].strip("'\"")[:300]
+        reason = first_line(error).strip("'\"")[:300]
         raise FormatError(f"{path} is missing, damaged or laid out otherwise ({reason})") from error
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wsi_engine.encoders.base import EncoderCard
-from wsi_engine.errors import FormatError, WsiError
+from wsi_engine.errors import FormatError, WsiError, first_line
 from wsi_engine.formats.keeping import keep_features
 from wsi_engine.formats.probe import check_hdf5
 from wsi_engine.grid import TileGrid
@@ -43,7 +43,7 @@ def reading(path: Path) -> Iterator[h5py.File]:
     except WsiError:
         raise
     except (OSError, LookupError, ValueError, TypeError, ArithmeticError, RuntimeError, MemoryError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0].strip("'\"")
+        reason = first_line(error).strip("'\"")
         raise FormatError(f"{path} is missing, damaged or laid out otherwise ({reason})") from error
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from wsi_engine.errors import SettingsError
+from wsi_engine.errors import SettingsError, first_line
 
 _POLYGON = 3
 _HEADER = struct.Struct("<BIII")
@@ -76,7 +76,7 @@ def read_polygons(
         shapes = [None if shape is None else bytes(shape) for shape in table.column("geometry").to_pylist()]
         columns = {name: np.asarray(table.column(name).to_numpy()) for name in table.column_names if name != "geometry"}
     except (arrow.ArrowException, TypeError, OverflowError) as error:
-        raise ValueError(f"{path.name} cannot be read ({(str(error).splitlines() or ['damaged'])[0]})") from error
+        raise ValueError(f"{path.name} cannot be read ({first_line(error)})") from error
     rings = [_decode(shape, number) for number, shape in enumerate(shapes)]
     offsets = np.concatenate([[0], np.cumsum([len(ring) for ring in rings])]).astype(np.int64)
     points = np.concatenate(rings) if rings else np.zeros((0, 2))

@@ -6,13 +6,12 @@ import json
 import os
 import uuid
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from wsi_engine.errors import StoreError
 from wsi_engine.kernels.texts import format_rings
+from wsi_engine.nuclei.drafts import replacing
 from wsi_engine.nuclei.instances import InstanceSet
 
 COLOUR = (40, 160, 90)
@@ -37,19 +36,11 @@ def write_nuclei_geojson(nuclei: InstanceSet, path: str | os.PathLike[str]) -> N
 
     Source: RFC 7946; QuPath's documentation, "Exporting annotations", for the properties.
     """
-    target = Path(path)
-    draft = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        with open(draft, "w", encoding="utf-8") as stream:
-            stream.write('{"type":"FeatureCollection","features":[')
-            for start, text in _format_features(nuclei):
-                stream.write(("," if start else "") + "\n" + text)
-            stream.write("\n]}\n")
-        os.replace(draft, target)
-    except OSError as error:
-        raise StoreError(f"cannot write the nuclei {path}: {error.strerror or error}") from error
-    finally:
-        draft.unlink(missing_ok=True)
+    with replacing(path, "the nuclei") as draft, open(draft, "w", encoding="utf-8") as stream:
+        stream.write('{"type":"FeatureCollection","features":[')
+        for start, text in _format_features(nuclei):
+            stream.write(("," if start else "") + "\n" + text)
+        stream.write("\n]}\n")
 
 
 def _format_features(nuclei: InstanceSet) -> Iterator[tuple[int, str]]:

@@ -16,8 +16,8 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from wsi_engine.errors import ModelError, SettingsError
-from wsi_engine.kernels import close_disk, open_disk
+from wsi_engine.errors import ModelError, SettingsError, first_line
+from wsi_engine.kernels import close_disk, distance_transform, gaussian, label, local_maxima, open_disk, watershed
 
 
 class FittedMethod(Protocol):
@@ -76,8 +76,9 @@ class NucleiMethod(Protocol):
         gap_px: how far apart, in pixels of the maps, components must lie for :meth:`FittedMethod.split` to treat each
             for itself.
         window_px: side of the windows given to :meth:`FittedMethod.foreground`, for methods whose rounding hangs on
-            the shape of their input, as that of a network does: windows then lie on one lattice of the slide. None
-            for methods that take any.
+            the shape of their input, as that of a network does: windows then lie on one lattice of the slide. A picture
+            smaller than that gets smaller ones, whose side divides by 64 and by what divides both ``window_px`` and
+            ``margin_px``. None for methods that take any.
     """
 
     name: str
@@ -112,6 +113,32 @@ _CARD_KEYS = {"wsi_engine.nuclei_net": "student", "wsi_engine.scale_attention": 
 
 LARGEST_HOLE_UM2 = 25.0
 """Holes of up to so many µm² are filled: larger ones lie between nuclei, not in them."""
+
+
+_DISTANCE_SIGMA = 1.0
+"""Of the Gaussian that smooths distances, in pixels."""
+
+
+def gaussian_reach(sigma: float) -> int:
+    """How far, in pixels, :func:`~wsi_engine.kernels.gaussian` of ``sigma`` pixels looks: four deviations."""
+    return int(4.0 * sigma + 0.5)
+
+
+def split_by_distance(mask: NDArray[np.bool_], peak_radius: int) -> NDArray[np.int32]:
+    """Divide a mask (H, W) where the smoothed distance to its outline has several summits: int32 (H, W).
+
+    Summits closer than ``peak_radius`` pixels are one nucleus.
+
+    Source: M. Sahasrabudhe et al., MICCAI 2020, section 2.4.
+    """
+    smoothed = gaussian(distance_transform(mask), _DISTANCE_SIGMA)
+    markers = label(local_maxima(smoothed, peak_radius, mask=mask))
+    return watershed(np.negative(smoothed, out=smoothed), markers, mask)
+
+
+def distance_gap(peak_radius: int) -> int:
+    """Pixels between components from which :func:`split_by_distance` treats each for itself."""
+    return 1 + max(gaussian_reach(_DISTANCE_SIGMA), peak_radius)
 
 
 def clean_mask(mask: NDArray[np.bool_], radii: Sequence[int]) -> NDArray[np.bool_]:
@@ -175,8 +202,9 @@ def _tell_method(path: Path) -> str:
         with safe_open(path, framework="np") as file:
             keys = file.metadata() or {}
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelError(f"{path} cannot be read as safetensors ({reason}); give weights that find nuclei") from error
+        raise ModelError(
+            f"{path} cannot be read as safetensors ({first_line(error)}); give weights that find nuclei"
+        ) from error
     for key, name in _CARD_KEYS.items():
         if key in keys:
             return name

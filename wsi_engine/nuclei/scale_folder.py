@@ -14,13 +14,15 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from wsi_engine.errors import ModelError
+from wsi_engine.errors import ModelError, first_line
 from wsi_engine.runs import write_text
 
 FOLDER_VERSION = 1
@@ -92,7 +94,22 @@ class ScaleFolder:
     def finish(self) -> None:
         """Mark the training as complete and drop its state."""
         self._write_record(complete=True)
-        self.state_file.unlink(missing_ok=True)
+        with self.explain():
+            self.state_file.unlink(missing_ok=True)
+
+    @contextmanager
+    def explain(self) -> Iterator[None]:
+        """Says which folder could not be written where something in it is.
+
+        Raises:
+            ModelError: in place of an OSError.
+        """
+        try:
+            yield
+        except OSError as error:
+            raise ModelError(
+                f"cannot write to {self.path}: {_reason(error)}; make room or see to its rights, and train on"
+            ) from error
 
     def write_log(self, history: list[dict[str, Any]]) -> None:
         """Replace the log."""
@@ -126,9 +143,10 @@ class ScaleFolder:
             torch.save(value, draft)
             os.replace(draft, self.state_file)
         except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-            raise ModelError(f"cannot write {self.state_file}: {error}") from error
+            raise ModelError(f"cannot write {self.state_file}: {_reason(error)}") from error
         finally:
-            draft.unlink(missing_ok=True)
+            with suppress(OSError):
+                draft.unlink(missing_ok=True)
 
     def read_state(self) -> tuple[Standing, dict[str, Any]] | None:
         """Standing and state dicts, on the CPU; None where training has not begun.
@@ -144,8 +162,7 @@ class ScaleFolder:
             same = same and value["identity"] == json.dumps(self.identity, sort_keys=True)
             standing = Standing(**json.loads(value["standing"]))
         except Exception as error:  # a damaged pickle raises almost anything
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise ModelError(f"{self.state_file} cannot be read ({reason}): delete it to start anew") from error
+            raise ModelError(f"{self.state_file} cannot be read ({_reason(error)}): delete it to start anew") from error
         if not same:
             raise ModelError(f"{self.state_file} belongs to another training: delete it to start anew")
         return standing, value
@@ -167,6 +184,11 @@ class ScaleFolder:
     def _write_record(self, complete: bool) -> None:
         record = {"version": FOLDER_VERSION, "complete": complete, "training": self.identity}
         write_text(self.record_file, json.dumps(record, indent=2) + "\n")
+
+
+def _reason(error: Exception) -> str:
+    """Why, in one line, without the path that an OSError names."""
+    return (isinstance(error, OSError) and error.strerror) or first_line(error)
 
 
 def _difference(known: Any, mine: dict[str, Any]) -> str:

@@ -16,13 +16,12 @@ from numpy.typing import NDArray
 from wsi_engine.encoders.deep import choose_device
 from wsi_engine.encoders.precision import arithmetic, choose_precision
 from wsi_engine.errors import ModelError
-from wsi_engine.kernels import distance_transform, gaussian, label, local_maxima, watershed
 from wsi_engine.memory import keep_freed_memory
 from wsi_engine.models.scale_attention import SCALES_MPP, ScaleAttentionError, normalise_pixels
 from wsi_engine.models.scale_files import load_scale_attention
 from wsi_engine.models.scale_inference import attend_views, check_views, context_margin
-from wsi_engine.nuclei.method import clean_mask, clean_reach
-from wsi_engine.nuclei.scale_stains import Look, match_look, measure_look
+from wsi_engine.nuclei.method import clean_mask, clean_reach, distance_gap, split_by_distance
+from wsi_engine.nuclei.scale_stains import Look, match_look, measure_look, read_look
 
 WINDOW_PX = 512
 """Side of the windows without their margin: one shape for all, since a network's rounding hangs on it."""
@@ -32,10 +31,6 @@ CLEAN_RADII = (2, 1)
 
 PEAK_RADIUS = 7
 """Two summits of distance closer than this are one nucleus, in pixels of 0.25 µm."""
-
-_DISTANCE_SIGMA = 1.0
-_REACH = 4.0
-"""Standard deviations at which a Gaussian ends."""
 
 
 class ScaleMethod:
@@ -59,7 +54,7 @@ class ScaleMethod:
     mpp = SCALES_MPP[0]
     detail = 1
     clean_px = clean_reach(CLEAN_RADII)
-    gap_px = 1 + max(int(_REACH * _DISTANCE_SIGMA + 0.5), PEAK_RADIUS)
+    gap_px = distance_gap(PEAK_RADIUS)
     window_px: int | None = WINDOW_PX
 
     def __init__(
@@ -87,7 +82,7 @@ class ScaleMethod:
         self.network.to(self.device).to(memory_format=torch.channels_last)
         if self.device.type == "cpu":
             keep_freed_memory()
-        self.reference = _read_look(card.get("normalisation"), weights)
+        self.reference = _read_reference(card.get("normalisation"), weights)
         self._weights = hashlib.sha256(Path(weights).read_bytes()).hexdigest()
 
     def fit(self, samples: Sequence[NDArray[np.uint8]]) -> FittedScale:
@@ -108,14 +103,14 @@ class ScaleMethod:
         }
 
 
-def _read_look(entry: Any, path: str | os.PathLike[str]) -> Look | None:
+def _read_reference(entry: Any, path: str | os.PathLike[str]) -> Look | None:
     """The look that training brought pictures to, out of a card."""
     if entry is None:
         return None
     try:
-        return Look(str(entry["kind"]), tuple(tuple(float(value) for value in row) for row in entry["rows"]))
-    except (TypeError, KeyError, ValueError) as error:
-        raise ModelError(f"the card in {os.fspath(path)} has a damaged normalisation; train again") from error
+        return read_look(entry)
+    except ValueError as error:
+        raise ModelError(f"the card in {os.fspath(path)} has a damaged normalisation ({error}); train again") from error
 
 
 @dataclass(frozen=True)
@@ -146,9 +141,7 @@ class FittedScale:
 
     def split(self, maps: NDArray[np.float32], mask: NDArray[np.bool_]) -> NDArray[np.int32]:
         """Divide components where the smoothed distance to their outline has several summits."""
-        smoothed = gaussian(distance_transform(mask), _DISTANCE_SIGMA)
-        markers = label(local_maxima(smoothed, PEAK_RADIUS, mask=mask))
-        return watershed(-smoothed, markers, mask)
+        return split_by_distance(mask, PEAK_RADIUS)
 
     def to_json(self) -> dict[str, Any]:
         """Where and how precisely it was computed, and the slide's look."""

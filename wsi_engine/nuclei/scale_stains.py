@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,11 @@ from wsi_engine.readers.base import RGBImage
 NORMALISATIONS = ("none", "reinhard", "macenko")
 
 _LEAST_SD = 1e-3
+_LEAST_ANGLE = 1e-3
+"""Norm of the cross product of two stains below which they are taken for one."""
+
+_LENGTHS = {"reinhard": (3, 3), "macenko": (3, 3, 2)}
+"""Numbers in each row of a look."""
 
 
 @dataclass(frozen=True)
@@ -43,9 +49,34 @@ def measure_look(pixels: RGBImage, kind: str, where: str = "the picture") -> Loo
     try:
         vectors = estimate_stains(flat)
     except ValueError as error:
-        raise InputError(f"the stains of {where} cannot be told ({error}); leave the picture out, or train with --normalisation reinhard") from error
+        raise InputError(
+            f"the stains of {where} cannot be told ({error}); leave the picture out, or train with --normalisation "
+            "reinhard"
+        ) from error
     amounts = np.maximum(np.percentile(unmix_stains(flat, vectors)[..., :2].reshape(-1, 2), 99, axis=0), _LEAST_SD)
     return Look(kind, (_row(vectors[0]), _row(vectors[1]), _row(amounts)))
+
+
+def read_look(entry: Any) -> Look:
+    """The look that ``asdict`` made plain values of, as JSON gives them back.
+
+    Raises:
+        ValueError: it is none; the message says what is amiss.
+    """
+    try:
+        look = Look(str(entry["kind"]), tuple(tuple(float(value) for value in row) for row in entry["rows"]))
+    except (TypeError, KeyError, ValueError, OverflowError) as error:
+        raise ValueError("it lacks its kind or its rows of numbers") from error
+    lengths = _LENGTHS.get(look.kind)
+    if lengths is None:
+        raise ValueError(f"its kind is {look.kind[:40]!r}")
+    if tuple(map(len, look.rows)) != lengths:
+        raise ValueError(f"its rows have {', '.join(str(len(row)) for row in look.rows)} numbers")
+    if not np.isfinite(np.concatenate(look.rows)).all() or not min(look.rows[-1]) > 0:
+        raise ValueError("its numbers are not finite, or its last row is not above 0")
+    if look.kind == "macenko" and np.linalg.norm(np.cross(look.rows[0], look.rows[1])) < _LEAST_ANGLE:
+        raise ValueError("its stains are parallel")
+    return look
 
 
 def mean_look(looks: Sequence[Look]) -> Look:

@@ -198,7 +198,8 @@ def _end_epoch(run: _Run, sheet: CropBatch) -> None:
     title = f"epoch {epoch}: scale accuracy {entry['accuracy']:.2f}, loss {entry['loss']:.3f}"
     picture = draw_attention_sheet(sheet.pixels, attention, sheet.scales, _SCALE_NAMES, title)
     save_picture(picture, run.folder.sheet_file(epoch))
-    save_scale_attention(network, run.folder.model_file, _card(run, epoch))
+    with run.folder.explain():
+        save_scale_attention(network, run.folder.model_file, _card(run, epoch))
     standing.sums = {}
     standing.history.append(entry)
     run.folder.write_log(standing.history)

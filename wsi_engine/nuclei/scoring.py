@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from wsi_engine.errors import InputError, WsiError
+from wsi_engine.errors import InputError, WsiError, first_line
 from wsi_engine.metrics.nuclei import NucleiScores, score_nuclei
 
 _ENDINGS = (".png", ".tif", ".tiff", ".npy")
@@ -148,8 +148,7 @@ def read_labels(path: Path) -> NDArray[np.integer[Any]]:
     try:
         values = _read(path)
     except Exception as error:  # every decoder has errors of its own
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(f"cannot read the label image {path} ({reason}); write it again") from error
+        raise InputError(f"cannot read the label image {path} ({first_line(error)}); write it again") from error
     if values.dtype == bool:
         values = values.astype(np.uint8)
     if values.ndim != 2 or values.dtype.kind not in "iu":

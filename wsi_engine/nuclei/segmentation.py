@@ -73,7 +73,7 @@ class NucleiSettings:
         if self.largest_px < 1:
             raise SettingsError(f"the largest component must have at least 1 pixel, not {self.largest_px}")
         if self.tissue != "auto":
-            tissue_settings(self.tissue)  # type: ignore[arg-type]
+            tissue_settings(self.tissue)
 
 
 class TileProgress(Protocol):

@@ -10,7 +10,6 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,6 +22,7 @@ from wsi_engine.errors import BusyError, SettingsError, StoreError, WsiError
 from wsi_engine.failures import record_outcome
 from wsi_engine.inputs import SlideInput, SlideSource, find_slides
 from wsi_engine.lease import Lease, hold_lease
+from wsi_engine.nuclei.drafts import replacing
 from wsi_engine.nuclei.instances import InstanceSet
 from wsi_engine.nuclei.keeping import check_nuclei, read_nuclei, write_nuclei
 from wsi_engine.nuclei.method import NucleiMethod, create_method
@@ -324,16 +324,8 @@ def write_labels(nuclei: InstanceSet, path: str | os.PathLike[str]) -> None:
     from tifffile import imwrite  # noqa: PLC0415
 
     labels = nuclei.labels().astype(np.uint16 if len(nuclei) < 1 << 16 else np.uint32)
-    target = Path(path)
-    draft = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
+    with replacing(path, "the label image") as draft:
         imwrite(draft, labels, compression="zlib")
-        os.replace(draft, target)
-    except OSError as error:
-        raise StoreError(f"cannot write the label image {path}: {error.strerror or error}") from error
-    finally:
-        with suppress(OSError):
-            draft.unlink(missing_ok=True)
 
 
 def _write_summary(nuclei: InstanceSet, path: Path) -> None:

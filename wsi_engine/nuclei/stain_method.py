@@ -11,24 +11,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wsi_engine.errors import SettingsError
-from wsi_engine.kernels import (
-    distance_transform,
-    fill_holes,
-    gaussian,
-    label,
-    local_maxima,
-    local_threshold,
-    otsu_threshold,
-    watershed,
-)
+from wsi_engine.kernels import fill_holes, gaussian, local_threshold, otsu_threshold
 from wsi_engine.kernels.tallies import drop_small
-from wsi_engine.nuclei.images import resample_image, resample_labels
-from wsi_engine.nuclei.method import LARGEST_HOLE_UM2, clean_mask, clean_reach
-from wsi_engine.nuclei.stain import STAIN_MPP, StainSettings, measure_haematoxylin, segment_by_stain
-
-_DISTANCE_SIGMA = 1.0
-_REACH = 4.0
-"""Standard deviations at which a Gaussian ends."""
+from wsi_engine.nuclei.method import (
+    LARGEST_HOLE_UM2,
+    clean_mask,
+    clean_reach,
+    distance_gap,
+    gaussian_reach,
+    split_by_distance,
+)
+from wsi_engine.nuclei.stain import STAIN_MPP, StainSettings, measure_haematoxylin
 
 
 class StainMethod:
@@ -58,10 +51,9 @@ class StainMethod:
         if weights is not None:
             raise SettingsError(f"the method stain has no weights; leave {os.fspath(weights)} out")
         self.settings = settings or StainSettings()
-        smoothing = int(_REACH * self.settings.sigma + 0.5)
-        self.margin_px = smoothing + int(_REACH * (self.settings.window - 1) / 6 + 0.5)
+        self.margin_px = gaussian_reach(self.settings.sigma) + gaussian_reach((self.settings.window - 1) / 6)
         self.clean_px = clean_reach(self.settings.clean_radii)
-        self.gap_px = 1 + max(int(_REACH * _DISTANCE_SIGMA + 0.5), self.settings.peak_radius)
+        self.gap_px = distance_gap(self.settings.peak_radius)
 
     def fit(self, samples: Sequence[NDArray[np.uint8]]) -> FittedStain:
         """Find Otsu's threshold of the haematoxylin over all samples."""
@@ -69,11 +61,6 @@ class StainMethod:
         joined = np.concatenate(values) if values else np.zeros(1, np.float32)
         flat = not np.ptp(joined)
         return FittedStain(self, float("inf") if flat else self.settings.share_of_otsu * otsu_threshold(joined))
-
-    def segment_image(self, image: NDArray[np.uint8], mpp: float) -> NDArray[np.int32]:
-        """Nuclei of an image as a whole; see :func:`~wsi_engine.nuclei.images.segment_image`."""
-        labels = segment_by_stain(resample_image(image, mpp, self.mpp), self.settings)
-        return resample_labels(labels, *image.shape[:2])
 
     def to_json(self) -> dict[str, Any]:
         """The settings."""
@@ -110,9 +97,7 @@ class FittedStain:
         """Divide components where the smoothed distance to their outline has several summits."""
         settings = self.method.settings
         mask = fill_holes(mask, LARGEST_HOLE_UM2 / self.method.mpp**2)
-        smoothed = gaussian(distance_transform(mask), _DISTANCE_SIGMA)
-        markers = label(local_maxima(smoothed, settings.peak_radius, mask=mask))
-        labels = watershed(np.negative(smoothed, out=smoothed), markers, mask)
+        labels = split_by_distance(mask, settings.peak_radius)
         drop_small(labels, mask, settings.least_area)
         return labels
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -101,22 +102,39 @@ class StudentPredictor:
             for left in range(margin, padded.shape[1] - margin, step):
                 bottom, right = min(top + step, padded.shape[0] - margin), min(left + step, padded.shape[1] - margin)
                 part = padded[top - margin : bottom + margin, left - margin : right + margin]
-                maps = self._average(torch.from_numpy(part.copy()).to(self.device).permute(2, 0, 1)[None])
+                pixels = torch.from_numpy(part.copy()).to(self.device).permute(2, 0, 1)[None]
+                maps = average_views([view_maps(self, pixels, view) for view in range(self.views)])[0].cpu().numpy()
                 out[:, top:bottom, left:right] = maps[:, margin : margin + bottom - top, margin : margin + right - left]
         return np.ascontiguousarray(out[:, margin : margin + height, margin : margin + width])
 
-    def _average(self, pixels: Tensor) -> NDArray[np.float32]:
-        """Mean over the views, each turned back: uint8 (1, 3, h, w) to (2, h, w)."""
-        total = torch.zeros(2, *pixels.shape[2:], device=self.device)
-        for view in range(self.views):
-            turned = torch.rot90(pixels, view % 4, (2, 3))
-            turned = turned.flip(3) if view >= 4 else turned
-            with arithmetic(self.precision, self.device):
-                out = self.network(turned.float().contiguous(memory_format=torch.channels_last)).float()
-            out = out.flip(3) if view >= 4 else out
-            out = torch.rot90(out, -(view % 4), (2, 3))[0]
-            total += torch.stack([torch.sigmoid(out[0]), out[1]])
-        return np.asarray((total / self.views).cpu().numpy(), dtype=np.float32)
+
+@torch.inference_mode()
+def view_maps(predictor: StudentPredictor, pixels: Tensor, view: int) -> Tensor:
+    """Probability and depth from one turned view, turned back.
+
+    Args:
+        predictor: of the student.
+        pixels: uint8 (B, 3, S, S) on its device, S a multiple of the network's stride.
+        view: 0–7: quarter turns, from 4 on of the mirror image.
+
+    Returns:
+        float32 (B, 2, S, S).
+    """
+    turned = torch.rot90(pixels, view % 4, (2, 3))
+    turned = turned.flip(3) if view >= 4 else turned
+    with arithmetic(predictor.precision, predictor.device):
+        out = predictor.network(turned.float().contiguous(memory_format=torch.channels_last)).float()
+    out = out.flip(3) if view >= 4 else out
+    out = torch.rot90(out, -(view % 4), (2, 3))
+    return torch.cat([torch.sigmoid(out[:, :1]), out[:, 1:]], dim=1)
+
+
+def average_views(maps: Sequence[Tensor]) -> Tensor:
+    """Mean of the maps of several views, added up in their order."""
+    total = torch.zeros_like(maps[0])
+    for one in maps:
+        total = total + one
+    return total / len(maps)
 
 
 def _mirror(image: NDArray[np.uint8], margin: int, stride: int) -> NDArray[np.uint8]:

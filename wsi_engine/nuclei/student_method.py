@@ -17,12 +17,17 @@ from torch import Tensor
 from torch.nn import functional
 
 from wsi_engine.encoders.deep import choose_device
-from wsi_engine.encoders.precision import arithmetic
 from wsi_engine.errors import ModelError
 from wsi_engine.models.nuclei_net import NucleiNetError, load_nuclei_net
-from wsi_engine.nuclei.images import resample_image, resample_labels
-from wsi_engine.nuclei.method import LARGEST_HOLE_UM2
-from wsi_engine.nuclei.student_inference import VIEWS, SplitSettings, StudentPredictor, enlarge_maps, split_nuclei
+from wsi_engine.nuclei.method import LARGEST_HOLE_UM2, gaussian_reach
+from wsi_engine.nuclei.student_inference import (
+    VIEWS,
+    SplitSettings,
+    StudentPredictor,
+    average_views,
+    split_nuclei,
+    view_maps,
+)
 
 BUILTIN_WEIGHTS = Path(__file__).parent / "weights" / "student.safetensors"
 """The student's weights that come with the engine; the model card lies beside them."""
@@ -34,16 +39,13 @@ for networks whose margin is above a sixth of the small one, so that margins do 
 _CUDA_WINDOWS = 8
 """Windows that a GPU takes at a time, always so many."""
 
-_REACH = 4.0
-"""Standard deviations at which a Gaussian ends."""
-
 
 class StudentMethod:
     """A small network taught by painted tissue and unlabelled pictures; a :class:`~.method.NucleiMethod`.
 
-    Its maps are enlarged twofold before they are cut, so that outlines are finer than the network's pixels. A slide
-    comes out as by :meth:`segment_image`, but that holes are filled up to
-    :data:`~wsi_engine.nuclei.method.LARGEST_HOLE_UM2` alone, so that a ring of touching nuclei keeps its lumen.
+    Its maps are enlarged twofold before they are cut, so that outlines are finer than the network's pixels. Holes are
+    filled up to :data:`~wsi_engine.nuclei.method.LARGEST_HOLE_UM2` alone, so that a ring of touching nuclei keeps its
+    lumen.
 
     Args:
         weights: a file; None for the built-in ones.
@@ -80,7 +82,7 @@ class StudentMethod:
         stride, enlarging = network.stride, 1
         self.margin_px = -(-(network.reach + enlarging) // stride) * stride
         self.window_px: int | None = WINDOW_PX if 6 * self.margin_px <= WINDOW_PX else LARGE_WINDOW_PX
-        self.gap_px = 1 + int(_REACH * self.settings.sigma_um / self.fine_mpp + 0.5)
+        self.gap_px = 1 + gaussian_reach(self.settings.sigma_um / self.fine_mpp)
         self._weights = hashlib.sha256(path.read_bytes()).hexdigest()
 
     @property
@@ -91,14 +93,6 @@ class StudentMethod:
     def fit(self, samples: Sequence[NDArray[np.uint8]]) -> FittedStudent:
         """Nothing adapts to the slide."""
         return FittedStudent(self)
-
-    def segment_image(self, image: NDArray[np.uint8], mpp: float) -> NDArray[np.int32]:
-        """Nuclei of an image as a whole; see :func:`~wsi_engine.nuclei.images.segment_image`."""
-        maps = self.predictor.predict_maps(resample_image(image, mpp, self.mpp))
-        height, width = image.shape[:2]
-        if mpp >= self.mpp / 2:  # finer outlines than these are not in the maps
-            return split_nuclei(enlarge_maps(maps, height, width), mpp, self.settings)
-        return resample_labels(split_nuclei(maps, self.mpp, self.settings), height, width)
 
     def to_json(self) -> dict[str, Any]:
         """Digest of the weights, and the settings."""
@@ -162,35 +156,6 @@ def _map_on_cpu(predictor: StudentPredictor, windows: NDArray[np.uint8]) -> list
     finally:
         torch.set_num_threads(threads)  # the number holds for threads to come as well
     return [average_views(maps[start : start + views]) for start in range(0, len(maps), views)]
-
-
-@torch.inference_mode()
-def view_maps(predictor: StudentPredictor, pixels: Tensor, view: int) -> Tensor:
-    """Probability and depth from one turned view, turned back.
-
-    Args:
-        predictor: of the student.
-        pixels: uint8 (B, 3, S, S) on its device, S a multiple of the network's stride.
-        view: 0–7: quarter turns, from 4 on of the mirror image.
-
-    Returns:
-        float32 (B, 2, S, S).
-    """
-    turned = torch.rot90(pixels, view % 4, (2, 3))
-    turned = turned.flip(3) if view >= 4 else turned
-    with arithmetic(predictor.precision, predictor.device):
-        out = predictor.network(turned.float().contiguous(memory_format=torch.channels_last)).float()
-    out = out.flip(3) if view >= 4 else out
-    out = torch.rot90(out, -(view % 4), (2, 3))
-    return torch.cat([torch.sigmoid(out[:, :1]), out[:, 1:]], dim=1)
-
-
-def average_views(maps: Sequence[Tensor]) -> Tensor:
-    """Mean of the maps of several views, added up in their order."""
-    total = torch.zeros_like(maps[0])
-    for one in maps:
-        total = total + one
-    return total / len(maps)
 
 
 def _enlarge(maps: Tensor, margin: int, detail: int) -> Tensor:

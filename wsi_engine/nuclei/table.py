@@ -5,11 +5,9 @@ from __future__ import annotations
 import csv
 import importlib
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 
-from wsi_engine.errors import SettingsError, StoreError
+from wsi_engine.errors import SettingsError
+from wsi_engine.nuclei.drafts import replacing
 from wsi_engine.nuclei.instances import InstanceSet
 
 _ROWS = 20_000
@@ -22,7 +20,7 @@ def write_csv(nuclei: InstanceSet, path: str | os.PathLike[str]) -> None:
         StoreError: the file cannot be written.
     """
     table = nuclei.table()
-    with _replacing(Path(path)) as draft, open(draft, "w", newline="", encoding="utf-8") as stream:
+    with replacing(path, "the table") as draft, open(draft, "w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream, lineterminator="\n")
         writer.writerow(table)
         for start in range(0, len(nuclei), _ROWS):
@@ -43,7 +41,7 @@ def write_parquet(nuclei: InstanceSet, path: str | os.PathLike[str]) -> None:
     """
     check_parquet()
     pyarrow, parquet = (importlib.import_module(name) for name in ("pyarrow", "pyarrow.parquet"))
-    with _replacing(Path(path)) as draft:
+    with replacing(path, "the table") as draft:
         parquet.write_table(pyarrow.table(nuclei.table()), draft)
 
 
@@ -55,16 +53,3 @@ def check_parquet() -> None:
         raise SettingsError(
             "Parquet needs the package pyarrow, which is not installed; pip install pyarrow, or write CSV"
         ) from None
-
-
-@contextmanager
-def _replacing(target: Path) -> Iterator[Path]:
-    """A draft beside the file, which takes its place at the end."""
-    draft = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        yield draft
-        os.replace(draft, target)
-    except OSError as error:
-        raise StoreError(f"cannot write the table {target}: {error.strerror or error}") from error
-    finally:
-        draft.unlink(missing_ok=True)

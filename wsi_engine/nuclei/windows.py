@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12,11 +13,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from wsi_engine.nuclei.frame import FrameReader, TissueRaster
+from wsi_engine.nuclei.frame import Frame, FrameReader, TissueRaster
 from wsi_engine.nuclei.method import FittedMethod, NucleiMethod
 
 _AHEAD = 3
 """Tiles that wait for the method."""
+
+_SIDE_STEP = 64
+"""Windows of small frames have sides of multiples of this, so that few shapes occur."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,15 +57,15 @@ class _Tile:
 class WindowPlan:
     """The tiles of a frame that have tissue, in rows from the top, and the windows in them.
 
-    A window is a whole tile, or a square of the method's ``window_px`` where it asks for such; the side of the tiles,
-    ``tile_px``, is then rounded up to whole windows.
+    A window is a whole tile, or a square of the method's ``window_px`` where it asks for such, smaller on a frame that
+    is smaller itself; the side of the tiles, ``tile_px``, is then rounded up to whole windows.
     """
 
     def __init__(self, reader: FrameReader, raster: TissueRaster, method: NucleiMethod, tile_px: int) -> None:
-        self.side = side = method.window_px or tile_px
+        frame = reader.frame
+        self.side = side = _choose_side(frame, method) or tile_px
         tile_px = -(-tile_px // side) * side
         self._reader, self._raster, self._method = reader, raster, method
-        frame = reader.frame
         corners = itertools.product(range(0, frame.height, tile_px), range(0, frame.width, tile_px))
         tiles = [_Tile(x, y, min(tile_px, frame.width - x), min(tile_px, frame.height - y)) for y, x in corners]
         self._tiles = [tile for tile in tiles if raster.any(tile.x, tile.y, tile.width, tile.height)]
@@ -174,6 +178,14 @@ class WindowPlan:
             pixels=pixels[reach : reach + height, reach : reach + width],
             detail=detail,
         )
+
+
+def _choose_side(frame: Frame, method: NucleiMethod) -> int | None:
+    """Side of the windows of a method that wants one shape: the same for a frame, whatever the tiles."""
+    if method.window_px is None:
+        return None
+    step = math.lcm(_SIDE_STEP, math.gcd(method.window_px, method.margin_px))  # as a network's halvings ask for
+    return min(method.window_px, -(-max(frame.width, frame.height) // step) * step)
 
 
 def _cut(values: NDArray[Any], top: int, left: int, height: int, width: int, detail: int) -> NDArray[Any]:

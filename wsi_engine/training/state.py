@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wsi_engine.errors import ModelError
+from wsi_engine.errors import ModelError, first_line
 from wsi_engine.training.optimisation import Standing
 from wsi_engine.training.plan import EpochRecord
 
@@ -89,5 +89,5 @@ def read_state(path: Path, identity: dict[str, Any]) -> FoldState | None:
     except ModelError:
         raise
     except Exception as error:  # a damaged pickle raises almost anything
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise ModelError(f"{path} cannot be read ({reason}): delete it to start the fold anew") from error
