@@ -1,6 +1,7 @@
 """Methods of finding nuclei side by side: AJI, Dice and PQ on labelled images, and speed.
 
     python -m benchmarks.nuclei_methods [--data FOLDER] [--methods student,stain] [--weights FILE]
+                                        [--scale-attention FILE]
 
 Each folder of labelled images holds ``NAME.png`` beside ``NAME_label.png`` (uint16 instances). All images are taken for
 0.25 µm per pixel. Labels are read here and nowhere in training.
@@ -66,10 +67,12 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=DATA, help="folder of folders of labelled images")
     parser.add_argument("--methods", default="student,stain", help="names, with commas between them")
     parser.add_argument("--weights", help="weights of the student; the built-in ones where not given")
+    parser.add_argument("--scale-attention", help="weights of wsi train nuclei, to compare with")
     options = parser.parse_args()
     print(describe_machine())
-    names = options.methods.split(",")
-    methods = {name: create_method(name, options.weights if name == "student" else None, "cpu") for name in names}
+    weights = {"student": options.weights, "scale-attention": options.scale_attention}
+    names = [*options.methods.split(","), *(["scale-attention"] if options.scale_attention else [])]
+    methods = {name: create_method(name, weights.get(name), "cpu") for name in names}
     print(f"{'set':15} {'images':>6} {'method':16} {'AJI':>6} {'Dice':>6} {'PQ':>6} {'Mpx/s':>7}")
     for name in SETS:
         pairs = read_pairs(options.data / name)
