@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 from collections.abc import Iterator
 from contextlib import suppress
@@ -14,6 +15,7 @@ from hypothesis import settings
 from numpy.typing import NDArray
 from PIL import Image
 from support import HEIGHT, WIDTH, Files, paint
+from support_study import draw_study
 
 from wsi_engine.tiffwriter import TiffLayout, write_pyramid
 
@@ -86,3 +88,16 @@ def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
 
     with serve_s3(monkeypatch) as server:
         yield server
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a study."""
+    return draw_study(tmp_path_factory.mktemp("drawn")).parent
+
+
+@pytest.fixture
+def study(drawn: Path, tmp_path: Path) -> Path:
+    """``cohort.csv`` beside the pictures, to be changed."""
+    shutil.copytree(drawn, tmp_path, dirs_exist_ok=True)
+    return tmp_path / "cohort.csv"

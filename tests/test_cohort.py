@@ -10,7 +10,7 @@ from typing import Any
 import fsspec
 import numpy as np
 import pytest
-from support_study import STUDY, draw_study
+from support_study import STUDY
 
 import wsi_engine as we
 from wsi_engine.cohorts.examination import examine_roster
@@ -20,19 +20,6 @@ from wsi_engine.errors import InputError, SettingsError
 from wsi_engine.studies.cohort import Cohort
 
 pandas = pytest.importorskip("pandas")
-
-
-@pytest.fixture(scope="module")
-def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a study."""
-    return draw_study(tmp_path_factory.mktemp("drawn")).parent
-
-
-@pytest.fixture
-def study(drawn: Path, tmp_path: Path) -> Path:
-    """``cohort.csv`` beside the pictures, to be changed."""
-    shutil.copytree(drawn, tmp_path, dirs_exist_ok=True)
-    return tmp_path / "cohort.csv"
 
 
 def problems(report: Any) -> list[str]:

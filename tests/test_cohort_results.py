@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 from support_runs import make_run
-from support_study import draw_study
 
 import wsi_engine as we
 from wsi_engine.errors import InputError, SettingsError
@@ -28,19 +27,6 @@ pandas = pytest.importorskip("pandas")
 
 STORE_ONLY = NucleiOutputs(geojson=False, table=None, overlay=False, labels=False)
 NO_PICTURES = we.ExplainSettings(heatmaps=False, geojson=False, sheets=False)
-
-
-@pytest.fixture(scope="module")
-def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a study."""
-    return draw_study(tmp_path_factory.mktemp("drawn")).parent
-
-
-@pytest.fixture
-def study(drawn: Path, tmp_path: Path) -> Path:
-    """``cohort.csv`` beside the pictures, to be changed."""
-    shutil.copytree(drawn, tmp_path, dirs_exist_ok=True)
-    return tmp_path / "cohort.csv"
 
 
 @pytest.fixture(scope="module")
