@@ -10,13 +10,13 @@ from contextlib import suppress
 import pytest
 from support_s3 import S3Server
 
-from wsi_engine.errors import BusyError
+from wsi_engine.errors import BusyError, InputError
 from wsi_engine.lease import hold_lease
-from wsi_engine.places import RemotePath, as_place, list_files, list_folders, list_names, list_stores
+from wsi_engine.places import RemotePath, as_place, list_files, list_folders, list_names, list_stores, make_folder
 
 HOLDER = """
 import pathlib, sys, time
-from wsi_engine.errors import BusyError
+from wsi_engine.errors import BusyError, InputError
 from wsi_engine.lease import hold_lease
 from wsi_engine.places import as_place
 sys.stdin.readline()
@@ -125,3 +125,14 @@ def test_web_servers_are_not_asked_for_lists() -> None:
     assert list_folders(slide) == list_stores(slide) == []
     with pytest.raises(FileNotFoundError):
         list_names(slide)
+
+
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise ImportError("Install s3fs to access S3")
+
+    monkeypatch.setattr("fsspec.core.url_to_fs", fail)
+    with pytest.raises(InputError, match=r'output folder s3://bucket/a: .*pip install "wsi-engine\[s3\]"'):
+        make_folder(as_place("s3://bucket/a"))
+    with pytest.raises(OSError, match="a package for gs:// is missing; Install s3fs"):
+        as_place("gs://bucket/a").exists()

@@ -190,7 +190,9 @@ class RemotePath(os.PathLike[str]):
         """A Zarr store of what lies below."""
         from zarr.storage import FsspecStore  # noqa: PLC0415 - not for who reads small files alone
 
-        return FsspecStore.from_url(self.url, storage_options=connection_options(self.url), read_only=read_only)
+        store = FsspecStore.from_url(self.url, storage_options=connection_options(self.url), read_only=read_only)
+        _ask_once(store.fs)
+        return store
 
     def _list(self, kind: str | None) -> list[RemotePath]:
         if scheme_of(self.url) in _WEB:  # fsspec would fetch the file and look for links in it
@@ -217,9 +219,7 @@ class RemotePath(os.PathLike[str]):
         except OSError:
             raise
         except ImportError as error:
-            raise OSError(
-                errno.ENOPKG, f"a package for {scheme_of(self.url)}:// is missing ({_one_line(error)})"
-            ) from error
+            raise OSError(errno.ENOSYS, explain_missing(self.url, error)) from error
         except Exception as error:  # every file system has errors of its own
             raise OSError(errno.EIO, f"{type(error).__name__}: {_one_line(error)}") from error
 
@@ -244,15 +244,29 @@ def open_file_system(url: str, attempts: int = ATTEMPTS) -> tuple[Any, str]:
     from fsspec.core import url_to_fs  # noqa: PLC0415 - only URLs need it
 
     system, path = url_to_fs(url, **connection_options(url, attempts))
-    if hasattr(system, "retries"):
-        system.retries = 1  # of s3fs, which would multiply those of the connection below it
+    _ask_once(system)
     return system, path
+
+
+def _ask_once(system: Any) -> None:
+    """Leave asking again to the connection: s3fs would multiply its attempts."""
+    if hasattr(system, "retries"):
+        system.retries = 1
 
 
 def connection_options(url: str, attempts: int = ATTEMPTS) -> dict[str, Any]:
     """Options of fsspec for a URL, with which no answer is waited for without end."""
     make = _OPTIONS.get(scheme_of(url))
     return {"use_listings_cache": False} | (make(attempts) if make else {})
+
+
+def explain_missing(url: str, error: ImportError) -> str:
+    """What to install for a URL that fsspec cannot open without."""
+    scheme = scheme_of(url)
+    extra = {"s3": "s3", "s3a": "s3", "http": "http", "https": "http"}.get(scheme)
+    return f"a package for {scheme}:// is missing; " + (
+        f'pip install "wsi-engine[{extra}]"' if extra else _one_line(error)
+    )
 
 
 def scheme_of(url: str) -> str:

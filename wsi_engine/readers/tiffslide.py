@@ -17,7 +17,7 @@ from tiffslide import TiffSlide
 
 from wsi_engine.clock import StageClock
 from wsi_engine.errors import SlideError
-from wsi_engine.places import open_file_system, scheme_of
+from wsi_engine.places import explain_missing, open_file_system
 from wsi_engine.readers.base import BACKGROUND, Level, Metadata, RGBImage, level_downsample
 from wsi_engine.readers.image import to_rgb
 from wsi_engine.readers.tables import check_tiff
@@ -253,10 +253,7 @@ def _explain(error: Exception, where: str) -> str:
     """What went wrong and what to do, in one line without a full stop."""
     text = " ".join(str(error).split()).rstrip(".")
     if isinstance(error, ImportError):
-        scheme = scheme_of(where)
-        extra = {"s3": "s3", "s3a": "s3", "http": "http", "https": "http"}.get(scheme)
-        cure = f'pip install "wsi-engine[{extra}]"' if extra else text
-        return f"a package for {scheme}:// is missing; {cure}"
+        return explain_missing(where, error)
     if isinstance(error, FileNotFoundError):
         return "there is no such file" + (", or its server cannot be reached" if "://" in where else "")
     if isinstance(error, PermissionError) or "credentials" in text.lower():
