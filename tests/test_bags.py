@@ -185,15 +185,14 @@ def test_a_sound_index_of_chunks_that_are_not_there(tmp_path: Path) -> None:
 def test_missing_parts_are_found(tmp_path: Path) -> None:
     features = make_features(5000)
     features[1024:2048] = np.nan  # Zarr leaves out a chunk that holds nothing but the fill value
-    features[4096:] = np.nan  # and a shard
     path = write_store(tmp_path / "a.zarr", features)
     bags = StoredBags([path])
-    assert not (path / VALUES / "c" / "2").exists()
     with pytest.raises(StoreError, match=r"chunk 1 of shard c/0/0 is missing"):
         bags.load(0)
     features[1024:2048] = 0
     shutil.rmtree(path)
     write_store(path, features)
+    (path / VALUES / "c" / "2" / "0").unlink()
     with pytest.raises(StoreError, match=r"a\.zarr is damaged \(shard c/2/0 is missing\)"):
         bags.load(0)
     shutil.rmtree(path)

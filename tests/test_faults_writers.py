@@ -10,7 +10,7 @@ import pytest
 
 from wsi_engine import FeatureStore, TileGrid
 from wsi_engine.encoders.base import EncoderCard
-from wsi_engine.errors import BusyError
+from wsi_engine.errors import BusyError, StoreError
 from wsi_engine.slide_record import SlideRecord
 from wsi_engine.writer import FeatureIdentity, FeatureWriter
 
@@ -87,3 +87,22 @@ def test_a_lost_lease_costs_no_batch_of_the_other(store: FeatureStore) -> None:
     with pytest.raises(BusyError):
         late.finish({})
     assert make_writer(store).missing_rows().tolist() == [4, 5, 6, 7, 8, 9]
+
+
+def test_a_shard_that_another_deleted_is_missed(store: FeatureStore) -> None:
+    """One that wakes up while this one writes makes the array anew: what was written before is gone."""
+    first = make_writer(store)
+    first.add(ROWS, FEATURES)
+
+    def wake() -> None:
+        for shard in (Path(store.path) / "features" / "net" / "values" / "c").rglob("*"):
+            if shard.is_file():
+                shard.unlink()
+
+    looks = iter([False, True])
+    late = make_writer(store, lambda: wake() if next(looks) else None)
+    with pytest.raises(StoreError, match="went missing while they were written"):
+        late.finish({"encode": 1.0})
+    assert store.encoders() == ()
+    make_writer(store).finish({"encode": 1.0})
+    np.testing.assert_array_equal(store.features("net"), FEATURES)

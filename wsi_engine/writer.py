@@ -21,6 +21,7 @@ from wsi_engine.arrays import create_rows, storing
 from wsi_engine.encoders.base import EncoderCard
 from wsi_engine.errors import BusyError, FeatureError, MismatchError, StoreError
 from wsi_engine.grid import TileGrid
+from wsi_engine.places import list_files
 from wsi_engine.store import FeatureStore, features_key
 from wsi_engine.version import __version__
 
@@ -184,6 +185,12 @@ class FeatureWriter:
                 stop = min(start + step, self._rows)
                 values[start:stop] = rows(start, stop)
             self._make_sure()
+            there = list_files(self._store.place / values.path)
+            if sum(name.startswith("c/") for name in there) < -(-self._rows // max(1, step)):
+                raise StoreError(
+                    f"features of {self._store.path} went missing while they were written, perhaps by a process that "
+                    "had stood still: run wsi extract again"
+                )
             values.update_attributes(self._identity.to_json() | attrs | {"complete": True})
         self._settle()
 
