@@ -76,7 +76,7 @@ def test_a_process_number_used_again_is_noticed(path: Path) -> None:
     me = Holder.this_process()
     path.write_text(json.dumps(vars(me) | {"started": str(int(me.started) - 5)}))
     with hold_lease(path, pause=None):
-        pass
+        assert json.loads(path.read_text())["started"] == me.started
 
 
 @pytest.mark.parametrize("content", [json.dumps(FOREIGN), "{", ""])

@@ -235,5 +235,9 @@ def test_another_run_is_refused_before_a_slide_is_opened(
 def test_threads_and_memory_may_change(cohort: Path, tmp_path: Path) -> None:
     """What decides nothing is compared with nothing, in a conventional run too, whose features have a precision."""
     first = replace(QUICK, epochs=1)
+    run, heads = RunFolder(tmp_path / "run"), set()
     for settings in (first, replace(first, workers=1, keep_share=0.5)):
-        train(cohort, tmp_path / "run", mode="conventional", settings=settings)
+        train(cohort, run.path, mode="conventional", settings=settings)
+        heads.add(run.head_file(0).read_bytes())
+    assert run.read_record().complete
+    assert len(heads) == 1

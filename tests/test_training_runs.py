@@ -181,7 +181,10 @@ def test_heads_of_unknown_origin_are_not_taken_for_done(cohort: Path, whole: Pat
 
 
 def test_threads_that_load_may_change(cohort: Path, whole: Path) -> None:
+    before = RunFolder(whole).head_file(0).read_bytes()
     train(cohort, whole, settings=replace(RUN, workers=1))
+    assert RunFolder(whole).head_file(0).read_bytes() == before
+    assert RunFolder(whole).read_record().complete
 
 
 def test_another_cohort_is_noticed(cohort: Path, whole: Path, tmp_path: Path) -> None:

@@ -206,11 +206,30 @@ class LeaseObject:
         """By a conditional put, of which it is made sure once that the server knows them."""
         if self.look() is not None:  # the put decides, but who waits asks again and again
             return False
-        content = _encode(me)
+        content, made = _encode(me), False
         self._show(me)
-        if not self.path.create_bytes(content) and not self._is_of(me):  # or an answer was lost, and it was put again
-            self._beat(me.token).unlink(missing_ok=True)
-            return False
+        try:
+            made = self.path.create_bytes(content) or self._is_of(me)  # its answer was lost, and it was put again
+            if made:
+                self._prove(content)
+        except BaseException:  # or others would take it for held as long as this process lives
+            with suppress(OSError):
+                if self._is_of(me):
+                    self.path.unlink(missing_ok=True)
+            made = False
+            raise
+        finally:
+            if not made:
+                with suppress(OSError):
+                    self._beat(me.token).unlink(missing_ok=True)
+        return made
+
+    def _prove(self, content: bytes) -> None:
+        """See once for a folder that its server refuses to put the lease where there is one.
+
+        Raises:
+            StoreError: it does not.
+        """
         bucket = self.path.parent
         with _proving:
             if bucket not in _proven and self.path.create_bytes(content):
@@ -219,7 +238,6 @@ class LeaseObject:
                     "two processes could write one slide: use a server with conditional puts (If-None-Match)"
                 )
             _proven.add(bucket)
-        return True
 
     def replace(self, had: LeaseSight, me: Holder) -> bool:
         """By an ordinary put."""
