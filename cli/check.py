@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 from rich.progress import TextColumn
-from rich.table import Table
 from rich.text import Text
 
 from wsi_engine.cli import console
@@ -68,7 +67,7 @@ class CheckDisplay(BarDisplay):
 def _print_report(report: CheckReport) -> None:
     """A table of what was found, if anything, and one line."""
     if report.findings:
-        table = Table("", "where", "what", "what to do", box=None, padding=(0, 2, 0, 0))
+        table = console.make_table("", "where", "what", "what to do")
         for one in report.findings:
             table.add_row(Text(one.kind, _STYLES[one.kind]), Text(one.path), Text(one.what), Text(one.cure))
         console.out.print(table)

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.progress import TextColumn
-from rich.table import Table
 from rich.text import Text
 
 from wsi_engine.cli import console
@@ -147,7 +146,7 @@ def _print_report(report: ClassifyReport, out: Path) -> None:
     """A table of the predictions, one of what failed, and where the files are."""
     done = [result for result in report.results if result.status == "done"]
     if done:
-        table = Table("slide", "prediction", "probability", "entropy", "disagreement", box=None, padding=(0, 2, 0, 0))
+        table = console.make_table("slide", "prediction", "probability", "entropy", "disagreement")
         for column in table.columns[2:]:
             column.justify = "right"
         for result in done:
@@ -156,7 +155,7 @@ def _print_report(report: ClassifyReport, out: Path) -> None:
             table.add_row(Text(result.slide_id), Text(result.prediction), *texts)
         console.out.print(table)
     if report.failed:
-        table = Table("failed", "why", box=None, padding=(0, 2, 0, 0))
+        table = console.make_table("failed", "why")
         for result in report.failed:
             table.add_row(Text(result.slide_id), Text(result.message))
         console.out.print(table)

@@ -10,6 +10,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import typer
 from rich.console import Console
+from rich.table import Table
 
 from wsi_engine.errors import InputError, SettingsError, WsiError
 
@@ -36,6 +37,14 @@ def start(*, debug: bool) -> None:
     logger = logging.getLogger("wsi_engine")
     logger.handlers = [_ToConsole()]
     logger.propagate = False
+
+
+def make_table(*headings: str) -> Table:
+    """A plain table whose cells are wrapped; words that are too long, such as paths, are broken and never cut."""
+    table = Table(*headings, box=None, padding=(0, 2, 0, 0))
+    for column in table.columns:
+        column.overflow = "fold"
+    return table
 
 
 def reporting(command: Callable[P, R]) -> Callable[P, R]:

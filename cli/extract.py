@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
 from rich.text import Text
 
 from wsi_engine.bottleneck import find_bottleneck
@@ -129,7 +128,7 @@ def _print_summary(report: ExtractReport, out: str) -> None:
         console.out.print(f"{made} in {wall:.1f} s: {report.tiles / wall:.1f} tiles/s")
         _print_stages(report)
     if report.failed:
-        table = Table("failed", "why", box=None, padding=(0, 2, 0, 0))
+        table = console.make_table("failed", "why")
         for result in report.failed:
             table.add_row(Text(result.slide_id), Text(result.message))
         console.out.print(table)
@@ -137,7 +136,7 @@ def _print_summary(report: ExtractReport, out: str) -> None:
 
 def _print_stages(report: ExtractReport) -> None:
     """Seconds and rate of each stage, and which one the run waited for."""
-    table = Table("stage", "thread-seconds", "tiles/s of one thread", box=None, padding=(0, 2, 0, 0))
+    table = console.make_table("stage", "thread-seconds", "tiles/s of one thread")
     for column in table.columns[1:]:
         column.justify = "right"
     for stage in STAGES:

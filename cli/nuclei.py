@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from wsi_engine.cli import console
@@ -133,7 +132,7 @@ def _print_report(report: NucleiReport, out: str) -> None:
     """A table of the slides that have nuclei, one of those that failed, and where the files are."""
     found = [result for result in report.results if result.status not in ("failed", "busy")]
     if found:
-        table = Table("slide", "nuclei", "per mm²", "seconds", box=None, padding=(0, 2, 0, 0))
+        table = console.make_table("slide", "nuclei", "per mm²", "seconds")
         for column in table.columns[1:]:
             column.justify = "right"
         for result in found:
@@ -142,7 +141,7 @@ def _print_report(report: NucleiReport, out: str) -> None:
         console.out.print(table)
     others = [result for result in report.results if result.status in ("failed", "busy")]
     if others:
-        table = Table("failed", "why", box=None, padding=(0, 2, 0, 0))
+        table = console.make_table("failed", "why")
         for result in others:
             table.add_row(Text(result.slide_id), Text(result.message))
         console.out.print(table)

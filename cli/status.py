@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
 from rich.text import Text
 
 from wsi_engine.cli import console
@@ -64,7 +63,7 @@ def _print_counts(found: CohortStatus) -> None:
     if not found.jobs:
         console.out.print("nothing was begun yet")
         return
-    table = Table("job", *STATES, box=None, padding=(0, 2, 0, 0))
+    table = console.make_table("job", *STATES)
     for column in table.columns[1:]:
         column.justify = "right"
     for job, numbers in found.counts().items():
@@ -76,7 +75,7 @@ def _print_states(heading: str, what: str, states: Sequence[JobState], most: int
     """The slides that are in one state, and what there is to say of each."""
     if not states:
         return
-    table = Table(heading, "job", what, box=None, padding=(0, 2, 0, 0))
+    table = console.make_table(heading, "job", what)
     for one in states[:most]:
         table.add_row(Text(one.slide_id), Text(one.job), Text(one.detail.removeprefix("by ")))
     console.out.print(table)

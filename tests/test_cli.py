@@ -188,3 +188,19 @@ def test_ctrl_c_ends_cleanly_and_the_next_run_goes_on(picture: Path, tmp_path: P
     result = wsi(*options)
     assert result.exit_code == 0
     assert "already stored" in result.output
+
+
+def test_tables_cut_no_word() -> None:
+    """A path that is wider than the terminal is broken over lines, and all of it is there."""
+    import io
+
+    from rich.console import Console
+    from rich.text import Text
+
+    from wsi_engine.cli.console import make_table
+
+    path, target = "/a/" + "long-folder/" * 12 + "slide.svs", io.StringIO()
+    table = make_table("failed", "why")
+    table.add_row(Text("slide"), Text(f"cannot read {path}: it is damaged"))
+    Console(file=target, width=60).print(table)
+    assert path in "".join(target.getvalue().split()).replace("failedwhy", "")
