@@ -11,6 +11,7 @@ from scipy import ndimage
 
 from wsi_engine.kernels import fill_holes, gaussian, h_maxima, label, remove_small, watershed
 from wsi_engine.kernels.components import find_components
+from wsi_engine.kernels.openings import open_labels
 from wsi_engine.kernels.sorting import sort_packed
 from wsi_engine.kernels.tallies import drop_small, mark_owners, renumber_labels, tally_labels
 from wsi_engine.kernels.texts import format_rings
@@ -25,20 +26,19 @@ def split_plainly(maps: Floats, mpp: float, settings: SplitSettings, largest_hol
     mask = maps[0] > settings.threshold
     wide = fill_holes(mask) & ~fill_holes(mask, largest_hole_um2 / mpp**2)
     filled = fill_holes(mask)
-    score = np.where(wide, np.float32(settings.least_score), maps[0])
     depth = np.where(filled, gaussian(maps[1], settings.sigma_um / mpp), np.float32(0))
     summits = h_maxima(depth, settings.rise) & filled
     whole = label(filled)
     bare = np.bincount(whole[summits], minlength=int(whole.max()) + 1) == 0
     bare[0] = False
     labels = watershed(-depth, label(summits | bare[whole]), filled)
+    labels[wide] = 0
+    open_labels(labels, find_components(labels > 0, 8).runs, settings.opening)
     sizes = np.bincount(labels.ravel())
-    scores = np.bincount(labels.ravel(), score.ravel()) / np.maximum(sizes, 1)
+    scores = np.bincount(labels.ravel(), maps[0].ravel()) / np.maximum(sizes, 1)
     kept = (scores >= settings.least_score) & (sizes >= settings.least_area_um2 / mpp**2)
     kept[0] = False
     labels = np.where(kept, np.arange(len(kept)), 0)[labels].astype(np.int32)
-    labels[wide] = 0
-    labels = remove_small(labels, int(np.ceil(settings.least_area_um2 / mpp**2)))
     return np.searchsorted(np.unique(np.append(labels, 0)), labels).astype(np.int32)
 
 
@@ -68,7 +68,7 @@ def test_the_split_is_that_of_plain_steps(seed: int, largest_hole_um2: float) ->
 
 
 def test_holes_are_filled_or_emptied() -> None:
-    maps, settings = make_maps(0), SplitSettings(least_score=0)
+    maps, settings = make_maps(0), SplitSettings(least_score=0, opening=0)
     filled, emptied = (split_nuclei(maps, 0.25, settings, largest_hole_um2=most) for most in (np.inf, 25.0))
     assert (filled[125:155, 120:145] > 0).all()
     assert not (emptied[125:155, 120:145] > 0).any()

@@ -17,6 +17,7 @@ from wsi_engine.errors import SettingsError
 from wsi_engine.kernels import gaussian, h_maxima, label, watershed
 from wsi_engine.kernels.components import find_components, paint_components
 from wsi_engine.kernels.labels import find_holes
+from wsi_engine.kernels.openings import open_labels
 from wsi_engine.kernels.tallies import copy_runs, mark_owners, renumber_labels, tally_labels
 from wsi_engine.memory import keep_freed_memory
 from wsi_engine.models.nuclei_net import NucleiNet
@@ -39,13 +40,15 @@ class SplitSettings:
         rise: two summits of depth are two nuclei where the way between them descends by this much, 0 … 1.
         least_score: nuclei whose mean probability is less are left out.
         least_area_um2: smaller nuclei are left out, in µm².
+        opening: nuclei lose what a disk of this share of their inscribed radius does not reach: tails and thorns.
     """
 
     threshold: float = 0.65
     sigma_um: float = 0.35
     rise: float = 0.15
-    least_score: float = 0.75
+    least_score: float = 0.78
     least_area_um2: float = 4.0
+    opening: float = 0.4
 
     def __post_init__(self) -> None:
         for name, low, high in (
@@ -54,6 +57,7 @@ class SplitSettings:
             ("rise", 1e-6, 1),
             ("least_score", 0, 1),
             ("least_area_um2", 0, 1e6),
+            ("opening", 0, 1),
         ):
             value = getattr(self, name)
             if not (isinstance(value, int | float) and math.isfinite(value) and low <= value <= high):
@@ -161,7 +165,8 @@ def split_nuclei(
 ) -> NDArray[np.int32]:
     """Nuclei of the maps of an image.
 
-    What is above the threshold is nucleus; it is divided by a watershed of the smoothed depth from its summits.
+    What is above the threshold is nucleus; it is divided by a watershed of the smoothed depth from its summits, and
+    each part is opened by a disk in proportion to it.
 
     Args:
         maps: float32 (2, H, W): probability and depth.
@@ -186,7 +191,9 @@ def split_nuclei(
     mark_owners(inside.runs, inside.owner, summits, seen)
     paint_components(inside, ~seen, summits)  # what has no summit is one nucleus
     labels = watershed(np.negative(depth, out=depth), label(summits), filled)
-    _drop_doubtful(labels, inside.runs, wide, maps[0], mpp, settings)
+    renumber_labels(wide, np.zeros(int(labels.max()) + 1, np.int32), labels)
+    open_labels(labels, inside.runs, settings.opening)
+    _drop_doubtful(labels, inside.runs, maps[0], mpp, settings)
     return labels
 
 
@@ -201,28 +208,15 @@ def _fill_holes(mask: NDArray[np.bool_], most: float) -> tuple[NDArray[np.bool_]
 def _drop_doubtful(
     labels: NDArray[np.int32],
     runs: NDArray[np.int32],
-    wide: NDArray[np.int32],
     score: NDArray[np.float32],
     mpp: float,
     settings: SplitSettings,
 ) -> None:
-    """Empty wide holes, clear labels that are small or unlikely, and number the others 1 … n.
-
-    Where a hole was filled, ``settings.least_score`` speaks neither for a nucleus nor against it.
-    """
-    if len(wide):
-        score = score.copy()
-        for y, begin, end in wide.tolist():
-            score[y, begin:end] = settings.least_score
+    """Clear labels that are small or unlikely, and number the others 1 … n."""
     count = int(labels.max()) + 1
     sizes, totals = np.zeros(count, np.int64), np.zeros(count)
     tally_labels(runs, labels, score, sizes, totals)
-    least = settings.least_area_um2 / mpp**2
+    least = max(settings.least_area_um2 / mpp**2, 1)
     kept = (totals / np.maximum(sizes, 1) >= settings.least_score) & (sizes >= least)
-    if len(wide):
-        emptied = np.zeros(count, np.int64)
-        tally_labels(wide, labels, score, emptied, np.zeros(count))
-        renumber_labels(wide, np.zeros(count, np.int32), labels)
-        kept &= sizes - emptied >= least
     kept[0] = False
     renumber_labels(runs, np.where(kept, np.cumsum(kept), 0).astype(np.int32), labels)

@@ -21,7 +21,7 @@ _RING_UM = 2.0
 """How far from a nucleus its surroundings reach, in µm."""
 
 
-_SPLIT = SplitSettings(threshold=0.5, rise=0.1, least_score=0.6)
+_SPLIT = SplitSettings(threshold=0.5, rise=0.1, least_score=0.6, opening=0)
 """How a teacher's maps are cut: more generously than for a user, since what is in doubt is weighed afterwards."""
 
 
