@@ -7,10 +7,10 @@ from numpy.typing import NDArray
 
 from wsi_engine.kernels._compile import compiled
 
-_FAR = 1 << 14
-"""More steps than any column has, whose square is still an int32."""
+_FAR = 127
+"""More steps than any column has to its end; its square and any other's add up to an int16."""
 
-LARGEST_BOX = 1024
+LARGEST_BOX = 250
 """Side in pixels up to which the box of a label is looked at: larger labels stay as they are."""
 
 
@@ -34,11 +34,10 @@ def open_labels(labels: NDArray[np.int32], runs: NDArray[np.int32], share: float
     boxes = np.empty((count + 1, 4), np.int32)
     boxes[:] = labels.shape[0], labels.shape[1], 0, 0
     _box_loop(labels, runs, boxes)
-    sides = (boxes[1:, 2:] - boxes[1:, :2])[(boxes[1:, 2:] - boxes[1:, :2]).max(axis=1) <= LARGEST_BOX]
-    high, wide = sides.max(axis=0, initial=0)
-    _open_loop(
-        labels, boxes, share**2, np.empty((high + 2, wide + 2), np.int32), np.empty((high + 2, wide + 2), np.int32)
-    )
+    sides = boxes[1:, 2:] - boxes[1:, :2]
+    sides = sides[(sides.min(axis=1) > 0) & (sides.max(axis=1) <= LARGEST_BOX)]
+    room = (sides + 2).prod(axis=1).max(initial=0)
+    _open_loop(labels, boxes, share**2, np.empty((3, room + 2 * _FAR), np.int16))
 
 
 @compiled
@@ -56,116 +55,134 @@ def _box_loop(labels: NDArray[np.int32], runs: NDArray[np.int32], boxes: NDArray
 
 
 @compiled
-def _open_loop(
-    labels: NDArray[np.int32],
-    boxes: NDArray[np.int32],
-    share: float,
-    squares: NDArray[np.int32],
-    steps: NDArray[np.int32],
-) -> None:
-    """Open labels 1 … n by the root of ``share`` times their squared inscribed radius; two planes of working space."""
-    lines = np.empty((2, squares.shape[0] + 2 * squares.shape[1]), np.int32)
-    stack = np.empty((squares.size, 2), np.int32)
+def _open_loop(labels: NDArray[np.int32], boxes: NDArray[np.int32], share: float, planes: NDArray[np.int16]) -> None:
+    """Open labels 1 … n by the root of ``share`` times their squared inscribed radius.
+
+    The box of a label is laid out row after row with one column outside of it between the rows, so that all rows are
+    compared with their shifted selves at once. ``planes``: int16 (3, N), working space.
+    """
+    stack = np.empty(planes.shape[1], np.int32)
     for k in range(1, boxes.shape[0]):
         top, left, bottom, right = boxes[k]
         height, width = bottom - top, right - left
         if height <= 0 or max(height, width) > LARGEST_BOX:
             continue
         window = labels[top:bottom, left:right]
-        depth, core = squares[: height + 2, : width + 2], steps[: height + 2, : width + 2]
-        y, x = _measure_depth(window, np.int32(k), depth, lines)
-        radius = share * depth[y, x]  # squared
-        if radius >= 1:
-            _flood(depth, radius, y, x, core, stack)
-            _keep_near(window, np.int32(k), core, radius, lines)
+        room, pitch = (height + 2) * (width + 1), width + 1
+        steps, line, depth = planes[0, :room], planes[1], planes[2, :room]
+        _measure_depth(window, np.int32(k), steps, line, depth)
+        radius = int(np.floor(share * depth.max()))  # squared, as all distances are
+        if radius < 1:
+            continue
+        _find_core(depth, radius, steps)
+        if not _is_simple(steps, pitch):
+            _flood(depth, radius, pitch, steps, stack)
+        _spread(steps, pitch)
+        _lower_envelope(steps, int(np.sqrt(radius)), line, depth)
+        for y in range(height):
+            row, far = window[y], depth[(y + 1) * pitch + 1 : (y + 2) * pitch]
+            for x in range(width):
+                row[x] *= np.int32((row[x] != k) | (far[x] <= radius))
 
 
 @compiled
 def _measure_depth(
-    window: NDArray[np.int32], label: np.int32, depth: NDArray[np.int32], lines: NDArray[np.int32]
-) -> tuple[int, int]:
-    """Fill ``depth`` (h + 2, w + 2) with squared distances to the outside of a label; the place of the greatest."""
+    window: NDArray[np.int32],
+    label: np.int32,
+    steps: NDArray[np.int16],
+    line: NDArray[np.int16],
+    depth: NDArray[np.int16],
+) -> None:
+    """Fill ``depth``, rows of w + 1 pixels of which the first is outside, with squared distances to the outside."""
     height, width = window.shape
-    depth[0], depth[height + 1] = 0, 0
-    for y in range(1, height + 1):  # along columns first
-        before, here, row = depth[y - 1], depth[y], window[y - 1]
-        here[0], here[width + 1] = 0, 0
+    pitch, most = width + 1, np.int16(0)
+    steps[:pitch], steps[(height + 1) * pitch :] = 0, 0
+    for y in range(height):
+        begin = (y + 1) * pitch + 1
+        before, here, row = steps[begin - pitch : begin - 1], steps[begin : begin + width], window[y]
+        steps[begin - 1] = 0
         for x in range(width):
-            here[x + 1] = (before[x + 1] + np.int32(1)) * np.int32(row[x] == label)
-    for y in range(height, 0, -1):
-        after, here = depth[y + 1], depth[y]
-        for x in range(1, width + 1):
-            here[x] = min(here[x], after[x] + np.int32(1))
-    best_y, best_x = 1, 1
-    for y in range(1, height + 1):
-        here = depth[y]
-        _lower_envelope(here, here.max(), 0, lines)
-        for x in range(width + 2):
-            here[x] = lines[1, x]
-            if here[x] > depth[best_y, best_x]:
-                best_y, best_x = y, x
-    return best_y, best_x
+            here[x] = np.int16(before[x] + 1) * np.int16(row[x] == label)
+    for y in range(height - 1, -1, -1):
+        begin = (y + 1) * pitch
+        after, here = steps[begin + pitch : begin + 2 * pitch], steps[begin : begin + pitch]
+        for x in range(pitch):
+            here[x] = min(here[x], np.int16(after[x] + 1))
+            most = max(most, here[x])
+    _lower_envelope(steps, int(most), line, depth)
 
 
 @compiled
-def _lower_envelope(steps: NDArray[np.int32], reach: int, beyond: int, lines: NDArray[np.int32]) -> None:
-    """Squared distances of a row's pixels, from steps along the columns, into ``lines[1]``, all pixels at once.
+def _lower_envelope(steps: NDArray[np.int16], reach: int, line: NDArray[np.int16], best: NDArray[np.int16]) -> None:
+    """Squared distances from steps along the columns: the least square of ``reach`` columns on either side.
 
-    Args:
-        steps: int32 (w,).
-        reach: columns on either side that are looked at.
-        beyond: squared distance of what lies beyond the row.
-        lines: int32 (2, at least w + 2 · reach), working space.
+    A search that leaves its row finds nothing nearer there: outside of a label it passes a column of distance 0 first,
+    and from a core it is further away than the radius. ``line`` is working space, ``best`` the result.
     """
-    width = steps.size
-    line, best = lines[0, : width + 2 * reach], lines[1, :width]
-    line[:reach], line[reach + width :] = beyond, beyond
-    for x in range(width):
-        line[reach + x] = best[x] = steps[x] * steps[x]
+    size = steps.size
+    line[:reach], line[reach + size : 2 * reach + size] = _FAR * _FAR, _FAR * _FAR
+    middle = line[reach : reach + size]
+    for i in range(size):
+        middle[i] = best[i] = np.int16(steps[i] * steps[i])
     for step in range(1, reach + 1):
-        left, right, square = line[reach - step :], line[reach + step :], np.int32(step * step)
-        for x in range(width):
-            best[x] = min(best[x], min(left[x], right[x]) + square)
+        left, right, square = line[reach - step :], line[reach + step :], np.int16(step * step)
+        for i in range(size):
+            best[i] = min(best[i], np.int16(min(left[i], right[i]) + square))
+
+
+@compiled
+def _find_core(depth: NDArray[np.int16], radius: int, core: NDArray[np.int16]) -> None:
+    """Set ``core`` to 0 where it is deeper than ``radius``, squared, else far."""
+    least = np.int16(radius)
+    for i in range(depth.size):
+        core[i] = np.int16(_FAR) * np.int16(depth[i] <= least)
+
+
+@compiled
+def _is_simple(core: NDArray[np.int16], pitch: int) -> bool:
+    """Whether each row holds one run of the core at most, which touches that of the row before."""
+    last, first, stop = -1, 0, 0
+    i = 0
+    while i < core.size:
+        if core[i]:
+            i += 1
+            continue
+        y, begin = i // pitch, i % pitch
+        while not core[i]:
+            i += 1
+        end = begin + i - (y * pitch + begin)
+        if last >= 0 and (y != last + 1 or begin >= stop or end <= first):
+            return False
+        last, first, stop = y, begin, end
+    return True
 
 
 @compiled
 def _flood(
-    depth: NDArray[np.int32], radius: float, y: int, x: int, core: NDArray[np.int32], stack: NDArray[np.int32]
+    depth: NDArray[np.int16], radius: int, pitch: int, core: NDArray[np.int16], stack: NDArray[np.int32]
 ) -> None:
-    """Set ``core`` to 0 in the 4-connected part around (y, x) of what is deeper than ``radius``, squared, else far."""
+    """Set ``core`` to 0 in the 4-connected part of the deepest pixel among those deeper than ``radius``, else far."""
     core[:] = _FAR
-    core[y, x] = 0
-    stack[0, 0], stack[0, 1] = y, x
-    size = 1
+    stack[0], size = depth.argmax(), 1
+    core[stack[0]] = 0
     while size:
         size -= 1
-        y, x = stack[size, 0], stack[size, 1]
-        for dy, dx in ((-1, 0), (1, 0), (0, -1), (0, 1)):
-            v, u = y + dy, x + dx
-            if depth[v, u] > radius and core[v, u]:
-                core[v, u] = 0
-                stack[size, 0], stack[size, 1] = v, u
+        here = stack[size]
+        for step in (-pitch, pitch, -1, 1):
+            i = here + step
+            if depth[i] > radius and core[i]:
+                core[i], stack[size] = 0, i
                 size += 1
 
 
 @compiled
-def _keep_near(
-    window: NDArray[np.int32], label: np.int32, core: NDArray[np.int32], radius: float, lines: NDArray[np.int32]
-) -> None:
-    """Clear the pixels of a label that are further from its core than the root of ``radius``."""
-    height, width = window.shape
-    for y in range(1, height + 2):
-        before, here = core[y - 1], core[y]
-        for x in range(width + 2):
-            here[x] = min(here[x], before[x] + np.int32(1))
-    for y in range(height, -1, -1):
-        after, here = core[y + 1], core[y]
-        for x in range(width + 2):
-            here[x] = min(here[x], after[x] + np.int32(1))
-    reach = int(np.sqrt(radius))
-    for y in range(height):
-        _lower_envelope(core[y + 1], reach, _FAR * _FAR, lines)
-        row = window[y]
-        for x in range(width):
-            if row[x] == label and lines[1, x + 1] > radius:
-                row[x] = 0
+def _spread(steps: NDArray[np.int16], pitch: int) -> None:
+    """Each pixel's steps along its column to the nearest 0, or far."""
+    for begin in range(pitch, steps.size, pitch):
+        before, here = steps[begin - pitch : begin], steps[begin : begin + pitch]
+        for x in range(pitch):
+            here[x] = min(here[x], np.int16(before[x] + 1))
+    for begin in range(steps.size - 2 * pitch, -1, -pitch):
+        after, here = steps[begin + pitch : begin + 2 * pitch], steps[begin : begin + pitch]
+        for x in range(pitch):
+            here[x] = min(here[x], np.int16(after[x] + 1))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -94,3 +96,14 @@ def test_labels_of_large_boxes_are_left_alone() -> None:
     assert np.array_equal(opened == 1, labels == 1)
     assert not np.array_equal(opened == 2, labels == 2)
     assert np.array_equal(opened == 2, open_each(labels, 0.5) == 2)
+
+
+def test_absent_labels_take_no_room() -> None:
+    labels = np.zeros((3000, 3000), np.int32)
+    labels[10:20, 10:20] = 5  # 1 … 4 are absent
+    tracemalloc.start()
+    opened = open_copy(labels, 0.5)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert np.array_equal(opened, open_each(labels, 0.5))
+    assert peak < 2.5 * labels.nbytes  # the copy and the mask
