@@ -10,6 +10,11 @@ import numpy as np
 from wsi_engine.predictions import PredictionTable
 from wsi_engine.runs import FeatureOrigin, RunFolder, RunRecord
 
+TEMPERATURES, THRESHOLDS = np.array([2.0, 2.5, 3.0]), np.array([0.2, 0.5, 0.85])
+"""Of the folds that :func:`write_run` writes."""
+
+THREE = ("LUAD", "LUSC", "a | b_c, with a very long name that goes on (NOS)")
+
 ORIGIN = FeatureOrigin("texture", 4, "0" * 64, "fp32", 0.5, 256, 256)
 
 
@@ -73,3 +78,17 @@ def write_cohort(path: Path, table: PredictionTable, column: str = "grade") -> P
     lines = [f"{slide},{patient},{table.classes[label] if label >= 0 else ''}" for slide, patient, label in rows]
     path.write_text("\n".join([f"slide_id,patient,{column}", *lines]) + "\n")
     return path
+
+
+def write_runs(folder: Path) -> Path:
+    """Runs ``two`` and ``better`` of two classes and ``three`` of three; returns their folder."""
+    write_run(folder / "two", draw_table())
+    write_run(folder / "better", draw_table(seed=3, gain=3.0))
+    write_run(folder / "three", draw_table(THREE))
+    return folder
+
+
+def soften(table: PredictionTable) -> np.ndarray:
+    """p ** (1 / T), divided by the sum: what a temperature does, without logarithms."""
+    powers = table.probabilities ** (1 / TEMPERATURES[table.folds])[:, None]
+    return powers / powers.sum(axis=1, keepdims=True)

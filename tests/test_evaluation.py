@@ -15,19 +15,27 @@ import numpy as np
 import pytest
 from PIL import Image
 from sklearn import metrics as oracle
-from support_evaluation import draw_table, write_cohort, write_ensemble, write_run
+from support_evaluation import (
+    TEMPERATURES,
+    THREE,
+    THRESHOLDS,
+    draw_table,
+    soften,
+    write_cohort,
+    write_ensemble,
+    write_run,
+    write_runs,
+)
 
 import wsi_engine as we
 from wsi_engine.errors import InputError, ModelError, SettingsError
 from wsi_engine.evaluation import (
     Evaluation,
-    compare_runs,
     evaluate_run,
     evaluation_folder,
     write_evaluation,
 )
 from wsi_engine.evaluation import comparison as comparison_module
-from wsi_engine.evaluation import figures as figures_module
 from wsi_engine.evaluation.cases import gather_cases
 from wsi_engine.evaluation.figures import evaluate_cases, warn_of_patients
 from wsi_engine.evaluation.plots import draw_confusion, draw_reliability, draw_roc
@@ -36,18 +44,10 @@ from wsi_engine.evaluation.tables import write_markdown
 from wsi_engine.metrics import BootstrapSettings
 from wsi_engine.predictions import PredictionTable
 
-TEMPERATURES, THRESHOLDS = np.array([2.0, 2.5, 3.0]), np.array([0.2, 0.5, 0.85])
-THREE = ("LUAD", "LUSC", "a | b_c, with a very long name that goes on (NOS)")
-
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Runs ``two`` and ``better`` of two classes and ``three`` of three."""
-    folder = tmp_path_factory.mktemp("runs")
-    write_run(folder / "two", draw_table())
-    write_run(folder / "better", draw_table(seed=3, gain=3.0))
-    write_run(folder / "three", draw_table(THREE))
-    return folder
+    return write_runs(tmp_path_factory.mktemp("runs"))
 
 
 @pytest.fixture(scope="module")
@@ -58,20 +58,6 @@ def two(runs: Path) -> Evaluation:
 @pytest.fixture(scope="module")
 def three(runs: Path) -> Evaluation:
     return evaluate_run(runs / "three", seed=4)
-
-
-@pytest.fixture
-def only_auroc(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fewer measures where a test is not about them: the bootstrap is most of the time."""
-    for module in (comparison_module, figures_module):
-        full = module.list_measures
-        monkeypatch.setattr(module, "list_measures", lambda cases, full=full: {"auroc": full(cases)["auroc"]})
-
-
-def soften(table: PredictionTable) -> np.ndarray:
-    """p ** (1 / T), divided by the sum: what a temperature does, without logarithms."""
-    powers = table.probabilities ** (1 / TEMPERATURES[table.folds])[:, None]
-    return powers / powers.sum(axis=1, keepdims=True)
 
 
 def test_figures_of_two_classes_are_those_of_the_calibrated_probabilities(two: Evaluation) -> None:
@@ -338,79 +324,6 @@ def test_a_temperature_that_does_harm_is_told(two: Evaluation, tmp_path: Path) -
     found = evaluate_cases(gather_cases(run), Unchecked(resamples=1))
     assert found.figures["nll"].value > found.figures["nll_before"].value
     assert any(harm in one for one in found.warnings)
-
-
-def test_the_better_run_is_found(runs: Path, two: Evaluation) -> None:
-    found = compare_runs(runs / "two", runs / "better")
-    one = found.differences["auroc"]
-    assert one.first == two.figures["auroc"].value
-    assert one.value == one.second - one.first > 0
-    assert 0 < one.low < one.value < one.high
-    assert one.p_value < 0.05
-    assert (found.slides, found.only_first, found.only_second) == (90, 0, 0)
-    assert {"sensitivity", "specificity", "entropy_auroc", "ece"} < set(found.differences)
-
-
-@pytest.mark.usefixtures("only_auroc")
-def test_a_run_does_not_differ_from_itself_nor_by_the_order_of_its_rows(runs: Path, tmp_path: Path) -> None:
-    table = draw_table()
-    turned = write_run(tmp_path / "turned", table.select(np.arange(len(table))[::-1]))
-    one = compare_runs(runs / "two", turned).differences["auroc"]
-    assert (one.value, one.low, one.high, one.p_value) == (0, 0, 0, 1)
-
-
-@pytest.mark.usefixtures("only_auroc")
-def test_classes_may_come_in_another_order(runs: Path, tmp_path: Path) -> None:
-    table = draw_table(THREE, seed=8)
-    order = [2, 0, 1]
-    turned = PredictionTable(
-        tuple(THREE[old] for old in order), table.slide_ids, table.patients,
-        np.array([order.index(label) for label in table.labels]), table.folds, table.probabilities[:, order],
-    )  # fmt: skip
-    plain, other = write_run(tmp_path / "plain", table), write_run(tmp_path / "turned", turned)
-    found = [compare_runs(runs / "three", path).differences["auroc"] for path in (plain, other)]
-    assert found[0].value != 0
-    assert found[1].value == pytest.approx(found[0].value)
-    assert found[1].low == pytest.approx(found[0].low)
-
-
-@pytest.mark.usefixtures("only_auroc")
-def test_only_shared_slides_are_compared(runs: Path, tmp_path: Path) -> None:
-    table = draw_table(seed=2)
-    fewer = table.select(range(30, 90))
-    fewer = replace(fewer, slide_ids=(*fewer.slide_ids[:-2], "x", "y"))
-    found = compare_runs(runs / "two", write_run(tmp_path / "b", fewer))
-    assert (found.slides, found.only_first, found.only_second) == (58, 32, 2)
-    assert found.patients == len(set(table.patients[30:88]))
-    rows = np.arange(30, 88)
-    expected = oracle.roc_auc_score(table.labels[rows], soften(table)[rows, 1])
-    assert found.differences["auroc"].second == pytest.approx(expected)
-    assert any("32 slides that only" in one for one in found.warnings)
-
-
-@pytest.mark.usefixtures("only_auroc")
-def test_patients_of_the_first_are_resampled(runs: Path, tmp_path: Path) -> None:
-    table = replace(draw_table(seed=2), patients=tuple(f"q{row}" for row in range(90)))
-    same = write_run(tmp_path / "same", draw_table(seed=2))
-    found = compare_runs(runs / "two", write_run(tmp_path / "b", table))
-    assert found.differences == compare_runs(runs / "two", same).differences
-    assert any("name patients differently" in one for one in found.warnings)
-
-
-def test_runs_that_cannot_be_compared(runs: Path, tmp_path: Path) -> None:
-    table = draw_table()
-    with pytest.raises(InputError, match="only runs of the same classes"):
-        compare_runs(runs / "two", runs / "three")
-    labels = table.labels.copy()
-    labels[[4, 6]] = 1 - labels[[4, 6]]
-    with pytest.raises(InputError, match="differ in the class of s4, s6: "):
-        compare_runs(runs / "two", write_run(tmp_path / "a", replace(table, labels=labels)))
-    lonely = table.select([row for row, name in enumerate(table.patients) if name == table.patients[0]])
-    with pytest.raises(InputError, match="of 1 patient: a comparison needs two"):
-        compare_runs(runs / "two", write_run(tmp_path / "b", lonely))
-    strangers = replace(table, slide_ids=tuple(f"t{row}" for row in range(90)))
-    with pytest.raises(InputError, match="share 0 slides of 0 patients"):
-        compare_runs(runs / "two", write_run(tmp_path / "c", strangers))
 
 
 def test_the_report_holds_all_numbers(two: Evaluation, three: Evaluation, runs: Path, tmp_path: Path) -> None:
