@@ -157,7 +157,8 @@ def test_weights_of_the_users_own_are_used(tmp_path: Path, tissue: tuple[Pixels,
     image = tissue[0][:128, :128]
     none, everywhere = (segment_nuclei(image, tmp_path / f"{name}.safetensors", 0.25) for name in ("none", "all"))
     assert len(none) == 0
-    assert (everywhere.labels() > 0).all()
+    assert len(everywhere) == 1
+    assert (everywhere.labels() > 0).mean() > 0.95  # all but its corners
 
 
 def test_the_built_in_weights_are_small_documented_and_free() -> None:
