@@ -27,7 +27,7 @@ from wsi_engine.nuclei.stain_method import StainMethod
 from wsi_engine.nuclei.windows import WindowMaps
 from wsi_engine.slide import open_slide
 from wsi_engine.synthetic import SlideSpec, SyntheticSlide
-from wsi_engine.tissue import TissueMask
+from wsi_engine.tissue import TissueMask, TissueSettings
 
 Pixels = NDArray[np.uint8]
 
@@ -299,6 +299,16 @@ def test_no_tissue_is_no_nucleus(caplog: pytest.LogCaptureFixture) -> None:
     assert "no tissue" in caplog.text
     assert found.summary()["nuclei_per_mm2"] is None
     assert len(segment_nuclei(glass, "stain", 0.25)) == 0  # looked at whole, and flat
+
+
+def test_strands_that_are_too_thin_for_a_tile_are_looked_at() -> None:
+    strand = np.full((700, 3000, 3), 243, np.uint8)
+    strand[304:352] = (225, 150, 185)  # 24 µm of eosin
+    y, x = np.mgrid[:700, :3000]
+    strand[np.hypot(y - 328, (x - 30) % 60 - 30) < 9] = (90, 60, 140)
+    found = segment_nuclei(strand, "stain", 0.5)
+    assert len(found) >= 48
+    assert len(segment_nuclei(strand, "stain", 0.5, tissue=TissueSettings())) == 0
 
 
 def test_bad_pictures_are_refused_in_one_sentence(picture: Pixels) -> None:

@@ -35,6 +35,9 @@ TissueOption: TypeAlias = Literal["auto", "otsu"] | TissueSettings | TissueMask 
 WHOLE_MM2 = 0.25
 """Pictures of up to this area are looked at whole under ``tissue="auto"``: they are cut out of tissue."""
 
+TISSUE = TissueSettings(median_px=3)
+"""How tissue is found where nuclei are looked for: also strands too thin for a tile, which a wider median loses."""
+
 SAMPLES, SAMPLE_PX = 64, 256
 """Windows, and their side, that a method adapts to; a picture with no more pixels is one sample."""
 
@@ -52,7 +55,7 @@ class NucleiSettings:
     Attributes:
         tile_px: side of what is read and put through the method at a time, in pixels of the method's scale; rounded up
             to whole windows of a method with a network (1,024 pixels for the student, 512 for scale attention).
-        tissue: ``"otsu"`` looks at tissue alone, None at everything, ``"auto"`` at everything up to
+        tissue: ``"otsu"`` looks at tissue alone (by :data:`TISSUE`), None at everything, ``"auto"`` at everything up to
             :data:`WHOLE_MM2` and else at tissue; settings or a mask of one's own can be given.
         allow_dark: take slides that look like fluorescence.
         workers: reading threads.
@@ -226,7 +229,7 @@ def _find_tissue(slide: Slide, frame: Frame, choice: TissueOption) -> TissueMask
         choice = "otsu" if frame.area_mm2 > WHOLE_MM2 else None
     if isinstance(choice, TissueMask) or choice is None:
         return choice
-    return detect_tissue(slide, tissue_settings(choice))
+    return detect_tissue(slide, TISSUE if choice == "otsu" else choice)
 
 
 def _read_samples(
