@@ -94,7 +94,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=OUT, help="folder to write")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    methods = ("stain", "student")
+    methods = ("stain", "student", "scale-attention")
     pages = {
         "nuclei-slide": draw_fields(options.data / "slides" / "CMU-1-Small-Region.svs"),
         "nuclei-dsb2018": compare_methods(options.data / "nuclei" / "dsb2018_he", (20, 60), methods),

@@ -13,6 +13,7 @@ from rich.progress import TextColumn
 
 from wsi_engine.cli import console
 from wsi_engine.cli.display import BarDisplay, make_bar
+from wsi_engine.errors import SettingsError
 
 _PLAIN_SECONDS = 30.0
 """Least time between two plain lines within an epoch."""
@@ -41,6 +42,9 @@ def train_nuclei(
         str, typer.Option(help="First weights of the ResNet34: hub (ImageNet), random, random:SEED or a file.")
     ] = "hub",
     epochs: Annotated[int, typer.Option(help="Epochs.")] = 200,
+    stain_epochs: Annotated[
+        int, typer.Option(help="How many of them, the first, learn where the stain sees nuclei; 0 is the paper's.")
+    ] = 0,
     batches: Annotated[int, typer.Option(help="Batches in an epoch.")] = 100,
     batch_size: Annotated[int, typer.Option(help="Crops in a batch.")] = 32,
     crop_px: Annotated[int, typer.Option(help="Side of a crop in pixels, even.")] = 160,
@@ -52,6 +56,9 @@ def train_nuclei(
     scale_equivariance: Annotated[
         bool, typer.Option("--scale-equivariance/--no-scale-equivariance", help="Use that term of the loss.")
     ] = True,
+    share: Annotated[
+        float, typer.Option(help="Part of the pixels that attention lies on; 0.07 is the paper's.")
+    ] = 0.07,
     report_on: Annotated[
         Path | None,
         typer.Option(help="Folder of NAME.png with NAME_label.png to report AJI and Dice on.", show_default=False),
@@ -68,15 +75,21 @@ def train_nuclei(
 
     Writes OUT/attention.safetensors, a log and a sheet of attention maps for each epoch. Safe to kill and to run again.
     """
+    from wsi_engine.models.scale_attention import ScaleAttentionError, ScaleAttentionSettings  # noqa: PLC0415
     from wsi_engine.nuclei.scale_settings import ScaleTrainingSettings  # noqa: PLC0415 - torch loads only when needed
     from wsi_engine.nuclei.scale_training import train_scale_attention  # noqa: PLC0415
 
+    try:
+        network = ScaleAttentionSettings(share=share)
+    except ScaleAttentionError as error:
+        raise SettingsError(str(error)) from error
     settings = ScaleTrainingSettings(
-        epochs=epochs, batches=batches, batch_size=batch_size, crop_px=crop_px, min_tissue=min_tissue,
-        learning_rate=learning_rate, weight_decay=weight_decay, normalisation=normalisation.value,
-        stain_jitter=stain_jitter, scale_equivariance=scale_equivariance, classifier_weights=weights,
-        image_mpp=image_mpp, slide_mpp=slide_mpp, views=views, checkpoint_batches=checkpoint_batches, device=device,
-        precision=precision, seed=seed, workers=workers,  # type: ignore[arg-type] # checked by the settings
+        epochs=epochs, stain_epochs=stain_epochs, batches=batches, batch_size=batch_size, crop_px=crop_px,
+        min_tissue=min_tissue, learning_rate=learning_rate, weight_decay=weight_decay,
+        normalisation=normalisation.value, stain_jitter=stain_jitter,
+        scale_equivariance=scale_equivariance, classifier_weights=weights, image_mpp=image_mpp, slide_mpp=slide_mpp,
+        views=views, checkpoint_batches=checkpoint_batches, device=device, seed=seed, workers=workers,
+        network=network, precision=precision,  # type: ignore[arg-type] # checked by the settings
     )  # fmt: skip
     with ScaleDisplay(console.err) as display:
         report = train_scale_attention(images, out, settings, display, report_on)
@@ -127,6 +140,7 @@ class ScaleDisplay(BarDisplay):
     def epoch_done(self, entry: dict[str, Any]) -> None:
         """One more epoch."""
         line = f"epoch {entry['epoch']}: loss {entry['loss']:.3f}, scale accuracy {entry['accuracy']:.2f}"
+        line += f", stain {entry['stain']:.3f}" if "stain" in entry else ""
         if "report_aji" in entry:
             line += f", AJI {entry['report_aji']:.3f}, Dice {entry['report_dice']:.3f}"
         self._console.print(f"{line} ({entry['seconds']:.0f} s)")

@@ -15,6 +15,7 @@ from wsi_engine.cli import console
 from wsi_engine.cli.train_nuclei import train_nuclei
 from wsi_engine.models import scale_attention
 from wsi_engine.models.backbones import build_backbone
+from wsi_engine.models.scale_files import load_scale_attention
 from wsi_engine.synthetic import SlideSpec, SyntheticSlide
 
 SHORT = ("--epochs", 1, "--batches", 2, "--batch-size", 3, "--crop-px", 32, "--weights", "random", "--device", "cpu")
@@ -60,6 +61,17 @@ def test_a_training_from_the_command_line(picture: Path, tmp_path: Path) -> None
     assert "belongs to another training" in other.stderr
 
 
+def test_stain_epochs_are_named_where_they_were(picture: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    result = run(picture, "-o", out, *SHORT, "--epochs", 2, "--stain-epochs", 1, "--share", 0.2)
+    assert result.exit_code == 0, result.output
+    first, second = (line for line in result.stderr.splitlines() if line.startswith("epoch "))
+    assert ", stain " in first
+    assert "stain" not in second
+    network, _ = load_scale_attention(out / "attention.safetensors")
+    assert network.settings.share == 0.2
+
+
 def test_bad_input_is_answered_in_one_sentence(picture: Path, tmp_path: Path) -> None:
     small = tmp_path / "small.png"
     Image.fromarray(np.full((50, 60, 3), 200, np.uint8)).save(small)
@@ -67,6 +79,8 @@ def test_bad_input_is_answered_in_one_sentence(picture: Path, tmp_path: Path) ->
         ((small, "-o", tmp_path / "a", *SHORT), 2, "needs 128 × 128: give larger images or a smaller --crop-px"),
         ((tmp_path / "none.png", "-o", tmp_path / "a", *SHORT), 1, "none.png"),
         ((picture, "-o", tmp_path / "a", *SHORT, "--crop-px", 33), 2, "even"),
+        ((picture, "-o", tmp_path / "a", *SHORT, "--stain-epochs", 1), 2, "stain_epochs must be below epochs"),
+        ((picture, "-o", tmp_path / "a", *SHORT, "--share", 1), 2, "share must be above 0 and below 1"),
         ((picture, "-o", tmp_path / "a", *SHORT, "--weights", picture), 1, ".safetensors"),
         ((picture, "-o", tmp_path / "a", *SHORT, "--report-on", tmp_path), 2, "no pair"),
     ):
@@ -80,5 +94,5 @@ def test_bad_input_is_answered_in_one_sentence(picture: Path, tmp_path: Path) ->
 
 def test_help_names_the_options() -> None:
     text = run("--help").stdout
-    for option in ("--image-mpp", "--weights", "--report-on", "--normalisation"):
+    for option in ("--image-mpp", "--stain-epochs", "--weights", "--report-on", "--normalisation"):
         assert option in text

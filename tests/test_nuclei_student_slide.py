@@ -248,7 +248,7 @@ def test_methods_are_known_by_name_and_by_their_weights(scale_file: Path, tmp_pa
     assert isinstance(create_method(str(scale_file)), ScaleMethod)
     assert create_method(own).to_json() != create_method("student").to_json()
     for name in METHOD_HOMES:
-        method = create_method(name, scale_file if name == "scale-attention" else None)
+        method = create_method(name)
         assert isinstance(method, NucleiMethod)
         assert method.name == name
 
@@ -256,7 +256,6 @@ def test_methods_are_known_by_name_and_by_their_weights(scale_file: Path, tmp_pa
 @pytest.mark.parametrize(
     ("model", "weights", "words"),
     [
-        ("scale-attention", None, "no built-in weights"),
         ("student", "scale", "no card of a nuclei network"),
         ("scale-attention", "student", "no card of a scale-attention network"),
         ("builtin", "missing.safetensors", "there is no file of weights"),

@@ -29,8 +29,9 @@ from wsi_engine.nuclei.samples import (
 )
 from wsi_engine.nuclei.scale_batches import CropBatch, CropFeed
 from wsi_engine.nuclei.scale_stains import jitter_stains, match_look, mean_look, measure_look, remix_stains
+from wsi_engine.nuclei.scale_targets import find_least_density, paint_stain_target
 from wsi_engine.slide import Slide, open_slide
-from wsi_engine.synthetic import MACENKO
+from wsi_engine.synthetic import MACENKO, SlideSpec, SyntheticSlide
 
 
 @pytest.fixture(scope="module")
@@ -213,3 +214,53 @@ def test_the_mean_look_is_that_of_its_parts() -> None:
     amounts = np.array([[[0.5, 0.2, 0.0]]], np.float32)
     vectors = complete_stains((0.65, 0.7, 0.29), (0.07, 0.99, 0.11))
     assert np.abs(remix_stains(amounts, vectors) - 255 * 10 ** -(amounts @ vectors)).max() <= 0.5
+
+
+@pytest.mark.parametrize(("mpp", "block"), [(0.25, 1), (0.5, 2), (1.0, 4)])
+def test_the_stain_s_answer_is_the_painted_nuclei_at_every_scale(mpp: float, block: int) -> None:
+    slide = SyntheticSlide(SlideSpec(width=1600, height=1200, mpp=0.25, coverage=1, seed=4))
+    side = 320 // block
+    pixels = slide.paint(600, 400, 320, 320).reshape(side, block, side, block, 3).mean(axis=(1, 3))
+    truth = (slide.truth.labels(600, 400, 320, 320) > 0).reshape(side, block, side, block).mean(axis=(1, 3)) > 0.5
+    crop = pixels.round().astype(np.uint8)
+    target = paint_stain_target(crop, mpp, find_least_density([crop], mpp))
+    assert target.shape == truth.shape
+    assert target.dtype == np.float32
+    assert 0 <= target.min() < 0.01 < 0.99 < target.max() <= 1
+    found = target > 0.5
+    assert 2 * (found & truth).sum() / (found.sum() + truth.sum()) > 0.93
+
+
+def test_a_crop_within_a_nucleus_or_between_nuclei_is_all_one_or_none() -> None:
+    tissue = paint_tissue()
+    least = find_least_density([tissue], 0.25)
+    assert paint_stain_target(np.full((32, 32, 3), (60, 40, 120), np.uint8), 0.25, least).min() > 0.999
+    plain = np.full((32, 32, 3), 240, np.uint8)
+    assert not paint_stain_target(plain, 0.25, least).any()
+    assert find_least_density([plain, plain], 0.25) == float("inf")
+    assert not paint_stain_target(tissue, 0.25, float("inf")).any()
+
+
+def test_batches_of_stain_epochs_have_targets_that_lie_as_their_crops_do() -> None:
+    def make(start: int = 0, **options: Any) -> list[CropBatch]:
+        sampler = open_sampler([(paint_tissue(), 0.25), (paint_tissue(seed=5), 0.25)], SCALES_MPP, 32)
+        with CropFeed(sampler, dataclasses.replace(TINY, stain_jitter=0.0, batch_size=8, **options)) as feed:
+            batches = list(feed.batches(start, 4))
+            leasts.extend(feed._least_densities)
+        return batches
+
+    leasts: list[float] = []
+    batches = make(stain_epochs=1)
+    assert [batch.target is None for batch in batches] == [False, False, True, True]
+    for batch in batches[:2]:
+        assert batch.target is not None
+        for pixels, target, scale in zip(batch.pixels, batch.target, batch.scales, strict=True):
+            answers = [paint_stain_target(pixels, SCALES_MPP[scale], least) for least in leasts]
+            assert min(float(np.abs(target - answer).max()) for answer in answers) < 1e-5
+    again = make(1, stain_epochs=1, workers=1)[0]
+    assert again.target is not None
+    assert np.array_equal(again.target, np.asarray(batches[1].target))
+    for batch, plain in zip(batches, make(), strict=True):  # the crops are those of a training without
+        assert np.array_equal(batch.pixels, plain.pixels)
+        assert batch.symmetries == plain.symmetries
+        assert plain.target is None

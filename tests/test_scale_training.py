@@ -14,14 +14,15 @@ import torch
 from PIL import Image
 from support_scale import TINY, paint_tissue, write_pictures
 
+from wsi_engine.encoders.precision import Precision
 from wsi_engine.errors import InputError, ModelError, SettingsError, WeightsError
 from wsi_engine.kernels import nuclei_from_attention
 from wsi_engine.metrics.nuclei import aji, dice
 from wsi_engine.models import scale_attention
 from wsi_engine.models.backbones import build_backbone
-from wsi_engine.models.scale_attention import SCALES_MPP, ScaleClassifier
+from wsi_engine.models.scale_attention import SCALES_MPP, ScaleClassifier, normalise_pixels
 from wsi_engine.models.scale_files import load_scale_attention
-from wsi_engine.nuclei import scale_classifier
+from wsi_engine.nuclei import scale_classifier, scale_steps
 from wsi_engine.nuclei.samples import (
     open_sampler,
 )
@@ -29,8 +30,12 @@ from wsi_engine.nuclei.scale_batches import CropFeed
 from wsi_engine.nuclei.scale_classifier import create_classifier
 from wsi_engine.nuclei.scale_scores import attend_picture, score_labelled
 from wsi_engine.nuclei.scale_settings import ScaleTrainingSettings
+from wsi_engine.nuclei.scale_steps import ScaleTrainer
 from wsi_engine.nuclei.scale_training import train_scale_attention
 from wsi_engine.synthetic import SlideSpec, SyntheticSlide
+from wsi_engine.training.hardware import Hardware
+
+STAINED = dataclasses.replace(TINY, stain_epochs=1)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -94,16 +99,38 @@ def test_a_training_leaves_a_network_a_log_and_sheets(undisturbed: Path) -> None
     assert (undisturbed / "attention.safetensors").stat().st_size < 100_000
 
 
-@pytest.mark.parametrize("batches", [1, 3])
+@pytest.fixture(scope="module")
+def stained(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A training whose first epoch learns the stain."""
+    out = tmp_path_factory.mktemp("stained") / "out"
+    train_scale_attention([folder], out, STAINED)
+    return out
+
+
+def test_the_stain_comes_first_where_it_is_asked_for(stained: Path, undisturbed: Path) -> None:
+    first, second = read_log(stained)
+    assert set(first) == {"epoch", "stain", "scale", "loss", "accuracy", "tau", "running_tau"}
+    assert first["loss"] == pytest.approx(first["stain"] + first["scale"], abs=1e-5)
+    assert set(second) == set(read_log(undisturbed)[1])
+    assert {path.name for path in stained.iterdir()} == {path.name for path in undisturbed.iterdir()}
+    _, card = load_scale_attention(stained / "attention.safetensors")
+    assert card["training"]["settings"]["stain_epochs"] == 1
+
+
+@pytest.mark.parametrize(
+    ("batches", "stain_epochs"), [(1, 0), (3, 0), (1, 1), (3, 1)], ids=["1", "3", "in stain", "after stain"]
+)
 def test_a_killed_training_ends_in_the_same_bytes(
-    folder: Path, undisturbed: Path, tmp_path: Path, batches: int
+    folder: Path, undisturbed: Path, stained: Path, tmp_path: Path, batches: int, stain_epochs: int
 ) -> None:
     out = tmp_path / "out"
+    settings = dataclasses.replace(TINY, stain_epochs=stain_epochs)
+    undisturbed = stained if stain_epochs else undisturbed
     with pytest.raises(KeyboardInterrupt):
-        train_scale_attention([folder], out, TINY, Interrupting(batches + 1))
+        train_scale_attention([folder], out, settings, Interrupting(batches + 1))
     assert (out / "state.pt").exists()
     again = Interrupting(100)
-    threads = dataclasses.replace(TINY, workers=1, checkpoint_batches=7)
+    threads = dataclasses.replace(settings, workers=1, checkpoint_batches=7)
     train_scale_attention([folder], out, threads, again)
     assert again.done == batches  # what the kill cost is the batch in flight
     assert (out / "attention.safetensors").read_bytes() == (undisturbed / "attention.safetensors").read_bytes()
@@ -149,6 +176,8 @@ def test_a_network_that_cannot_be_written_is_said_in_one_sentence(folder: Path, 
 def test_a_folder_of_another_training_is_refused(folder: Path, undisturbed: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="seed was 0 and is 1"):
         train_scale_attention([folder], undisturbed, dataclasses.replace(TINY, seed=1))
+    with pytest.raises(ModelError, match="stain_epochs was 0 and is 1"):
+        train_scale_attention([folder], undisturbed, STAINED)
     with pytest.raises(ModelError, match="other pictures"):
         train_scale_attention([folder / "a.png"], undisturbed, TINY)
     (tmp_path / "thesis.txt").write_text("mine")
@@ -190,10 +219,6 @@ def test_a_labelled_folder_is_reported_on_and_changes_nothing(undisturbed: Path,
 
 
 def test_steps_on_one_batch_tell_its_scales_apart() -> None:
-    from wsi_engine.encoders.precision import Precision
-    from wsi_engine.nuclei.scale_steps import ScaleTrainer
-    from wsi_engine.training.hardware import Hardware
-
     settings = dataclasses.replace(TINY, batch_size=6, learning_rate=1e-3)
     sampler = open_sampler([(paint_tissue(), 0.25)], SCALES_MPP, 32)
     with CropFeed(sampler, settings) as feed:
@@ -207,6 +232,35 @@ def test_steps_on_one_batch_tell_its_scales_apart() -> None:
             next(trainer.classifier.parameters()).fill_(float("nan"))
         with pytest.raises(ModelError, match="diverged"):
             trainer.step(batch)
+
+
+def test_steps_on_the_stain_s_answer_teach_each_network_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scale_steps, "_STAIN_RATE", 1e-2)
+    settings = dataclasses.replace(STAINED, batch_size=6)
+    sampler = open_sampler([(paint_tissue(), 0.25)], SCALES_MPP, 32)
+    with CropFeed(sampler, settings) as feed:
+        batch = next(feed.batches(0, 1))
+    assert batch.target is not None
+    hardware = Hardware(torch.device("cpu"), Precision("fp32"))
+    with hardware.repeatable():
+        trainer = ScaleTrainer.create(ScaleClassifier(seed=0), settings, hardware)
+        steps = [trainer.step(batch) for _ in range(40)]
+        alone = ScaleTrainer.create(ScaleClassifier(seed=1), settings, hardware)
+        for _ in range(40):
+            alone.step(batch)
+        with torch.no_grad():
+            logits = trainer.network(normalise_pixels(torch.from_numpy(batch.pixels))).logits[:, 0].numpy()
+    assert set(steps[0]) == {"stain", "scale", "loss", "accuracy", "tau"}
+    assert steps[-1]["stain"] < 0.25 * steps[0]["stain"]
+    assert steps[-1]["stain"] == pytest.approx(float(np.square(logits - batch.target).mean()), rel=0.2)
+    assert logits[batch.target > 0.9].mean() > 0.8
+    assert abs(logits[batch.target < 0.1].mean()) < 0.2
+    assert steps[-1]["scale"] < 0.5 * steps[0]["scale"]
+    pairs = zip(alone.network.parameters(), trainer.network.parameters(), strict=True)
+    assert all(torch.equal(one, other) for one, other in pairs)  # the classifier has no say
+    nowhere = dataclasses.replace(batch, target=np.full_like(batch.target, np.nan))
+    with pytest.raises(ModelError, match="diverged"):
+        trainer.step(nowhere)
 
 
 def test_the_classifier_begins_with_the_weights_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,6 +289,8 @@ def test_the_classifier_begins_with_the_weights_asked_for(tmp_path: Path, monkey
     ("options", "words"),
     [
         ({"epochs": 0}, "epochs"),
+        ({"stain_epochs": -1}, "stain_epochs"),
+        ({"epochs": 5, "stain_epochs": 5}, "stain_epochs must be below epochs, .* not 5 of 5"),
         ({"batch_size": 2}, "batch_size"),
         ({"crop_px": 161}, "even"),
         ({"views": 9}, "from 1 to 8"),
@@ -256,5 +312,6 @@ def test_the_defaults_are_the_paper_s() -> None:
     s = ScaleTrainingSettings()
     assert (s.epochs, s.batches, s.batch_size, s.crop_px, s.min_tissue) == (200, 100, 32, 160, 0.9)
     assert (s.learning_rate, s.beta1, s.weight_decay, s.stain_jitter) == (2e-4, 0.9, 1e-4, 0.03)
+    assert s.stain_epochs == 0
     assert (s.network.sharpness, s.network.share, s.classifier_weights) == (20, 0.07, "hub")
     assert json.loads(json.dumps(s.recipe())) == s.recipe()

@@ -1,4 +1,4 @@
-"""Scale attention, a network that ``wsi train nuclei`` made, on slides of any size."""
+"""Scale attention, built in or as ``wsi train nuclei`` made it, on slides of any size."""
 
 from __future__ import annotations
 
@@ -23,6 +23,9 @@ from wsi_engine.models.scale_inference import attend_views, check_views, context
 from wsi_engine.nuclei.method import clean_mask, clean_reach, distance_gap, split_by_distance
 from wsi_engine.nuclei.scale_stains import Look, match_look, measure_look, read_look
 
+BUILTIN_WEIGHTS = Path(__file__).parent / "weights" / "scale_attention.safetensors"
+"""Of a short training on a processor; the card beside them says which."""
+
 WINDOW_PX = 512
 """Side of the windows without their margin: one shape for all, since a network's rounding hangs on it."""
 
@@ -37,13 +40,13 @@ class ScaleMethod:
     """The paper's method: attention above one half, opened and closed, split by distance; a ``NucleiMethod``.
 
     Args:
-        weights: a file that ``wsi train nuclei`` wrote; there are no built-in ones.
+        weights: a file that ``wsi train nuclei`` wrote; None for the built-in ones.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``.
         views: passes that attention is the mean of, 1–8; the paper takes 8.
         precision: a name that ``choose_precision`` knows.
 
     Raises:
-        ModelError: there are no weights, or they are damaged or of another model.
+        ModelError: the weights are missing, damaged or of another model.
         EncoderError: there is no such device, or it cannot compute in the precision.
 
     Source: M. Sahasrabudhe et al., "Self-supervised nuclei segmentation in histopathological images using attention",
@@ -64,14 +67,10 @@ class ScaleMethod:
         views: int = 1,
         precision: str = "auto",
     ) -> None:
-        if weights is None:
-            raise ModelError(
-                "the method scale-attention has no built-in weights; train some with wsi train nuclei and give its "
-                "attention.safetensors with --model"
-            )
+        path = Path(weights) if weights is not None else BUILTIN_WEIGHTS
         try:
             check_views(views)
-            self.network, card = load_scale_attention(weights)
+            self.network, card = load_scale_attention(path)
             self.network.known_tau()
         except ScaleAttentionError as error:
             raise ModelError(str(error)) from error
@@ -82,8 +81,8 @@ class ScaleMethod:
         self.network.to(self.device).to(memory_format=torch.channels_last)
         if self.device.type == "cpu":
             keep_freed_memory()
-        self.reference = _read_reference(card.get("normalisation"), weights)
-        self._weights = hashlib.sha256(Path(weights).read_bytes()).hexdigest()
+        self.reference = _read_reference(card.get("normalisation"), path)
+        self._weights = hashlib.sha256(path.read_bytes()).hexdigest()
 
     def fit(self, samples: Sequence[NDArray[np.uint8]]) -> FittedScale:
         """Measure the slide's look, where the network was trained on pictures brought to one."""
@@ -103,14 +102,14 @@ class ScaleMethod:
         }
 
 
-def _read_reference(entry: Any, path: str | os.PathLike[str]) -> Look | None:
+def _read_reference(entry: Any, path: Path) -> Look | None:
     """The look that training brought pictures to, out of a card."""
     if entry is None:
         return None
     try:
         return read_look(entry)
     except ValueError as error:
-        raise ModelError(f"the card in {os.fspath(path)} has a damaged normalisation ({error}); train again") from error
+        raise ModelError(f"the card in {path} has a damaged normalisation ({error}); train again") from error
 
 
 @dataclass(frozen=True)

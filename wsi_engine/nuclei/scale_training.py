@@ -1,7 +1,8 @@
 """Training of scale attention: from images and slides without labels to a network that attends to nuclei.
 
 Source: M. Sahasrabudhe et al., "Self-supervised nuclei segmentation in histopathological images using attention",
-MICCAI 2020. A crop of random place among those on tissue stands for the paper's random crop of a tissue tile.
+MICCAI 2020. A crop of random place among those on tissue stands for the paper's random crop of a tissue tile. Epochs
+before the paper's, in which the stain teaches, are the engine's own and off by default.
 """
 
 from __future__ import annotations
@@ -196,6 +197,7 @@ def _end_epoch(run: _Run, sheet: CropBatch) -> None:
     entry["seconds"] = round(time.monotonic() - run.epoch_began, 3)
     run.epoch_began = time.monotonic()
     title = f"epoch {epoch}: scale accuracy {entry['accuracy']:.2f}, loss {entry['loss']:.3f}"
+    title += f", stain {entry['stain']:.3f}" if "stain" in entry else ""
     picture = draw_attention_sheet(sheet.pixels, attention, sheet.scales, _SCALE_NAMES, title)
     save_picture(picture, run.folder.sheet_file(epoch))
     with run.folder.explain():
