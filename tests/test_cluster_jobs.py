@@ -86,6 +86,10 @@ def test_no_tile_counts_twice() -> None:
     for part, done in ((50, 0), (100, 10), (50, 25), (100, 50), (50, 50)):
         tally.hear({"slide": "b", "part": part, "tiles": 50, "done": done})
     assert heard == [("b", 100, 10), 25, 40, 25]
+    heard.clear()
+    tally.end("c")  # its first message comes later than its result
+    tally.hear({"slide": "c", "part": 0, "tiles": 7, "done": 0})
+    assert heard == [("c", 7, 0), 7]
 
 
 def test_one_bar_for_slides_side_by_side() -> None:

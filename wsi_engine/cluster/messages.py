@@ -52,12 +52,15 @@ class Tally:
         self._started, self._added = started, added
         self._slides: dict[str, int] = {}
         self._parts: dict[tuple[str, int], int] = {}
+        self._ended: set[str] = set()
 
     def begin(self, slide_id: str, tiles: int, done: int) -> None:
         """A slide begins; the second time nothing happens, as when its worker died."""
         if slide_id not in self._slides:
             self._slides[slide_id] = tiles - done
             self._started(slide_id, tiles, done)
+            if slide_id in self._ended:  # a message may come later than the result
+                self.end(slide_id)
 
     def hear(self, message: dict[str, Any]) -> None:
         """Take in a worker's message."""
@@ -71,6 +74,7 @@ class Tally:
 
     def end(self, slide_id: str) -> None:
         """A slide is complete: what its workers had no time to tell is added."""
+        self._ended.add(slide_id)
         self._add(slide_id, self._slides.get(slide_id, 0))
 
     def _add(self, slide_id: str, tiles: int) -> None:
