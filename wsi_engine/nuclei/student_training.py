@@ -165,7 +165,7 @@ def train_student(
     say(f"painted {len(scenes)} scenes")
     if done is None:
         batchers = [Batcher(scenes, settings.side, settings.seed)]
-        _optimise(network, batchers, (settings.batch,), settings.steps, settings.rate, settings, say)
+        optimise(network, batchers, (settings.batch,), settings.steps, settings.rate, settings, say)
         if after_stage:
             after_stage(0, network)
     else:
@@ -182,7 +182,7 @@ def train_student(
         seed = settings.seed + 1000 * number
         fields, weights = _lay_fields(np.random.default_rng(seed), tissue, marked, weights, turn.collages)
         batchers = [Batcher(scenes, settings.side, seed), Batcher(fields, settings.side, seed + 500, weights=weights)]
-        _optimise(network, batchers, (settings.painted, settings.real), turn.steps, turn.rate, settings, say)
+        optimise(network, batchers, (settings.painted, settings.real), turn.steps, turn.rate, settings, say)
         if after_stage:
             after_stage(number, network)
     network.cpu().eval()
@@ -245,7 +245,7 @@ def _lay_fields(
     return fields, np.array(shares) / sum(shares)
 
 
-def _optimise(
+def optimise(
     network: NucleiNet,
     batchers: Sequence[Batcher],
     counts: Sequence[int],
@@ -254,7 +254,20 @@ def _optimise(
     settings: StudentTrainingSettings,
     say: Log,
 ) -> None:
-    """AdamW for some steps; ``network`` ends as the running mean of its weights."""
+    """AdamW for some steps; ``network`` ends as the running mean of its weights, in eval mode.
+
+    Args:
+        network: changed in place.
+        batchers: of scenes, pictures, …
+        counts: tiles of each in a batch.
+        steps: of the optimiser.
+        rate: greatest learning rate.
+        settings: for the running mean.
+        say: called with a line of progress every :data:`LOG_STEPS` steps.
+
+    Raises:
+        ModelError: the training diverged.
+    """
     device = next(network.parameters()).device
     precision = choose_precision("auto", device)
     network.train()
