@@ -71,7 +71,8 @@ def _open_loop(labels: NDArray[np.int32], boxes: NDArray[np.int32], share: float
         room, pitch = (height + 2) * (width + 1), width + 1
         steps, line, depth = planes[0, :room], planes[1], planes[2, :room]
         _measure_depth(window, np.int32(k), steps, line, depth)
-        radius = int(np.floor(share * depth.max()))  # squared, as all distances are
+        deepest = int(depth.max())
+        radius = min(int(np.floor(share * deepest)), deepest - 1)  # squared, as all distances are; something is deeper
         if radius < 1:
             continue
         _find_core(depth, radius, steps)

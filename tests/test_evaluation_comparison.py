@@ -18,7 +18,6 @@ from support_evaluation import (
 
 from wsi_engine.errors import InputError
 from wsi_engine.evaluation import (
-    Evaluation,
     compare_runs,
     evaluate_run,
 )
@@ -32,11 +31,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_runs(tmp_path_factory.mktemp("runs"))
 
 
-@pytest.fixture(scope="module")
-def two(runs: Path) -> Evaluation:
-    return evaluate_run(runs / "two")
-
-
 @pytest.fixture
 def only_auroc(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fewer measures where a test is not about them: the bootstrap is most of the time."""
@@ -45,10 +39,10 @@ def only_auroc(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "list_measures", lambda cases, full=full: {"auroc": full(cases)["auroc"]})
 
 
-def test_the_better_run_is_found(runs: Path, two: Evaluation) -> None:
+def test_the_better_run_is_found(runs: Path) -> None:
     found = compare_runs(runs / "two", runs / "better")
     one = found.differences["auroc"]
-    assert one.first == two.figures["auroc"].value
+    assert one.first == evaluate_run(runs / "two").figures["auroc"].value
     assert one.value == one.second - one.first > 0
     assert 0 < one.low < one.value < one.high
     assert one.p_value < 0.05
